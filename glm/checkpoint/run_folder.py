@@ -1,0 +1,69 @@
+"""The folder of one run: every path in it is named here and nowhere else."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``RUN/``: tokenizer/ data/ export/ metrics.jsonl report.html and stages/STAGE/."""
+
+    root: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, from every stage."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def data(self) -> Path:
+        """Tokenized sources, shared by the stages."""
+        return self.root / "data"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face folder of the finished model."""
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def stage(self, name: str) -> Path:
+        return self.root / "stages" / name
+
+    def recipe(self, stage: str) -> Path:
+        """The resolved recipe the stage runs with."""
+        return self.stage(stage) / "recipe.json"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.stage(stage) / "checkpoints"
+
+    def samples(self, stage: str) -> Path:
+        """Sample dialogues, one JSON object a line."""
+        return self.stage(stage) / "samples.jsonl"
+
+    def done(self, stage: str) -> Path:
+        """Written last; holds the fingerprint of the recipe that was finished."""
+        return self.stage(stage) / "done.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside ``path``, flushes to disk, renames: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with draft.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    draft.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,267 @@
+"""The sections a recipe is made of. Each field says its meaning and, where it has one, its unit and source.
+
+Imports neither torch nor megatron: a recipe can be read and checked anywhere.
+"P" is the GLM-4.5 technical report (arXiv 2508.06471).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from glm.recipe.units import Count
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+class Model(Section):
+    """The shape of the network (P Table 1)."""
+
+    num_layers: Positive
+    """Transformer layers, dense ones included, the MTP layer not."""
+    num_dense_layers: Annotated[int, Field(ge=0)]
+    """How many of the first layers have a dense feed-forward instead of experts."""
+    hidden_size: Positive
+    dense_ffn_size: Positive
+    """Inner width of the feed-forward of a dense layer."""
+    expert_ffn_size: Positive
+    """Inner width of one routed and of one shared expert."""
+    num_attention_heads: Positive
+    num_query_groups: Positive
+    """Key/value heads."""
+    head_dim: Positive
+    """Given explicitly: it is not hidden_size / num_attention_heads."""
+    qk_norm: bool
+    """RMSNorm on every query and key head before the rotation. On in 355B, off in Air."""
+    rotary_percent: Fraction = 0.5
+    """Share of head_dim that is rotated, half-split pairing."""
+    num_experts: Positive
+    experts_per_token: Positive
+    num_shared_experts: Annotated[int, Field(ge=0)] = 1
+    routed_scaling_factor: Annotated[float, Field(gt=0)]
+    """Factor on the renormalised routed weights: 2.5 in 355B, 1.0 in Air."""
+    num_mtp_layers: Annotated[int, Field(ge=0, le=1)] = 1
+    """Multi-token-prediction layers; SGLang serves at most one."""
+    vocab_size: Positive
+    max_position: Positive
+    """Longest sequence the exported model declares."""
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    """Not given in P; the released configuration says 0.02."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.num_dense_layers > self.num_layers:
+            raise ValueError(f"num_dense_layers {self.num_dense_layers} exceeds num_layers {self.num_layers}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
+        if int(self.head_dim * self.rotary_percent) % 2:
+            raise ValueError(f"rotary dimension {self.head_dim * self.rotary_percent:g} is not even")
+        return self
+
+
+class Layout(Section):
+    """How ranks are divided. Data parallelism takes what the others leave."""
+
+    tp: Positive = 1
+    """Tensor-parallel ranks (with sequence parallelism)."""
+    pp: Positive = 1
+    """Pipeline stages."""
+    cp: Positive = 1
+    """Context-parallel ranks."""
+    ep: Positive = 1
+    """Expert-parallel ranks, taken from the data- and context-parallel ones."""
+    etp: Positive = 1
+    """Tensor-parallel ranks inside one expert."""
+
+
+class Launcher(Section):
+    """Who starts the ranks."""
+
+    kind: Literal["local", "slurm"] = "local"
+    """local: torchrun on this machine. slurm: prints the srun command line for the cluster."""
+    nodes: Positive = 1
+    ranks_per_node: Positive = 1
+    threads_per_rank: Positive = 1
+    timeout_seconds: Positive = 600
+    """A rank that waits longer for another gives up, and all stop."""
+
+
+class Precision(Section):
+    params: Literal["fp32", "bf16"] = "bf16"
+    """Parameters and activations; gradients, optimizer state, router and its bias are fp32 always."""
+
+
+class Kernels(Section):
+    attention: Literal["sdpa", "te"] = "te"
+    experts: Literal["grouped_mm", "loop"] = "grouped_mm"
+
+
+class TokenRamp(Section):
+    """A value that rises linearly in run tokens and then stays."""
+
+    start: Count
+    end: Count
+    over: Count
+    """Run tokens the rise takes."""
+
+
+class Batch(Section):
+    tokens: TokenRamp | Count
+    """Tokens of one optimizer step over all ranks: 16M to 64M over 500B (P 2.4)."""
+    micro_batch_size: Positive = 1
+    """Sequences one rank sends through the model at a time."""
+
+    def tokens_at(self, run_tokens: int) -> float:
+        if isinstance(self.tokens, int):
+            return float(self.tokens)
+        done = min(1.0, run_tokens / self.tokens.over)
+        return self.tokens.start + (self.tokens.end - self.tokens.start) * done
+
+
+class AdamW(Section):
+    """For embeddings, output head, biases, norms and the router."""
+
+    lr_ratio: NonNegative = 1.0
+    """AdamW's learning rate over Muon's. Open in P; the shared update RMS of 0.2 suggests 1."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+
+class Muon(Section):
+    """Muon on matrices, AdamW on the rest (P 2.4)."""
+
+    name: Literal["muon"] = "muon"
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    newton_schulz_steps: Positive = 5
+    update_rms: NonNegative = 0.2
+    weight_decay: NonNegative = 0.1
+    clip_grad: NonNegative = 1.0
+    """Largest global gradient norm; 0 does not clip. Open in P."""
+    adamw: AdamW = AdamW()
+    frozen: tuple[Literal["embedding", "output", "router", "mtp"], ...] = ()
+    """Parameter groups that keep their value (used in RL)."""
+
+
+class Schedule(Section):
+    """Warm-up, then one cosine. The clock is run tokens (over all stages) or this stage's own."""
+
+    clock: Literal["run", "stage"] = "run"
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    peak_lr: NonNegative
+    final_lr: NonNegative
+    warmup: Count = 0
+    """Tokens from 0 to peak_lr."""
+    decay_until: Count | None = None
+    """Tokens at which final_lr is reached; none: the end of this stage."""
+
+
+class Losses(Section):
+    mtp_weight: NonNegative = 0.3
+    """Weight of the MTP loss: 0.3 for 15T tokens, then 0.1 (P 2.4)."""
+    sequence_balance_weight: NonNegative = 1e-4
+    """Weight of the sequence-level balance loss (P 2.4)."""
+
+
+class Router(Section):
+    bias_update_rate: NonNegative = 0.0
+    """Step of the loss-free balancing bias: 1e-3 for 15T tokens, then 0 (P 2.4)."""
+
+
+class Data(Section):
+    mixture: str
+    """Name of a file in configs/*/mixture/."""
+    packing: Literal["truncate", "best_fit"] = "truncate"
+    """truncate: concatenate and cut (P 2.3, pretraining). best_fit: nothing that fits is cut, attention stays inside a document."""
+    documents: str | None = None
+    """The user's own text: a folder or file of text, jsonl or parquet. None: the running Python installation."""
+    problems: Count = 20_000
+    """How many procedurally generated problems to draw."""
+
+
+class Checkpoint(Section):
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0 saves only at the end of the stage."""
+    keep: Positive = 2
+    """Newest checkpoints of the stage that are kept."""
+
+
+class Logging(Section):
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "glm45"
+    every_steps: Positive = 1
+
+
+class Tokenizer(Section):
+    vocab_size: Positive
+    """All entries, control tokens included."""
+    sample_bytes: Count = 8_000_000
+    """Text the tokenizer is trained on."""
+
+
+class Speculative(Section):
+    """Speculative decoding with the model's own MTP layer (EAGLE, one candidate a position)."""
+
+    num_steps: Annotated[int, Field(ge=0)] = 3
+    """Draft tokens proposed a round; 0 decodes plainly."""
+
+
+class Engine(Section):
+    """The SGLang servers of a rollout."""
+
+    num_servers: Positive = 1
+    tp: Positive = 1
+    speculative: Speculative = Speculative()
+    context_length: Positive | None = None
+    """Longest prompt plus reply; none: the model's."""
+    max_running_requests: Positive = 128
+    memory_fraction: Fraction = 0.8
+    start_timeout_seconds: Positive = 180
+    request_timeout_seconds: Positive = 300
+
+
+class Rollout(Section):
+    prompts_per_step: Positive
+    group_size: Positive
+    """Replies to one prompt; their mean reward is the baseline."""
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Weight updates a sample may lie behind; 0 is synchronous."""
+
+
+class Reinforcement(Section):
+    """GRPO without KL (P 3.2)."""
+
+    name: Literal["grpo"] = "grpo"
+    steps: Positive
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.28
+    normalize_std: bool = True
+    """Divide the advantage by the group's standard deviation."""
+    drop_uniform_groups: bool = True
+    """Drop groups whose rewards are all alike; counted and logged."""
+    environments: tuple[str, ...]
+    """Names of registered environments; prompts are drawn evenly."""
+    max_logprob_difference: NonNegative = 1e-3
+    """Largest mean absolute difference of rollout and trainer logprobs before the run stops."""
+
+
+class Evaluation(Section):
+    """Held-out problems, never in any training text."""
+
+    prompts: Positive = 240
+    samples: Positive = 8
+    """Sampled replies a prompt (avg@k)."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """0: before and after only."""
