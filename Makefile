@@ -1,0 +1,66 @@
+# make run    text to a chatting, RL-tuned model on this machine     make test    every test
+# Both set the environment up first; that needs the network once, and does nothing while the pins stay as they are.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help setup run test clean
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+REQUIREMENTS := requirements/host.txt requirements/host-lock.txt requirements/host-no-deps.txt
+RUNFILE ?= configs/glm45/tiny.yaml
+# Extra words for the command: make run ARGS="--dry-run", make test ARGS="tests/metrics -x"
+ARGS ?=
+
+help:
+	@cat <<-'TEXT'
+		make setup               create .venv and install the pinned packages; does nothing when that is done
+		make run  [ARGS=...]     glm run configs/glm45/tiny.yaml   (another one: RUNFILE=...)
+		make test [ARGS=...]     pytest
+		make clean               remove caches and build leftovers; .venv and runs/ stay
+		PYTHON=python3.12        the interpreter .venv is made with; the first of python3, python3.11 ... 3.13 that fits if not given
+	TEXT
+
+# Stamps hold what was installed, not when: a checkout that only touches files installs nothing, an interrupted install is done again.
+setup:
+	@if ! $(VENV)/bin/python -c '' 2>/dev/null; then
+		chosen=
+		for candidate in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do
+			if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then chosen=$$candidate; break; fi
+		done
+		if [ -z "$$chosen" ]; then
+			echo "make setup: no usable interpreter among: $(or $(PYTHON),python3 python3.11 python3.12 python3.13)" >&2
+			echo "  found:    $$(python3 --version 2>&1 || true)" >&2
+			echo "  expected: Python 3.11 or newer" >&2
+			echo "  to do:    install one, or name it: make setup PYTHON=/path/to/python3.11" >&2
+			exit 2
+		fi
+		if ! "$$chosen" -m venv --clear $(VENV); then
+			echo "make setup: $$chosen cannot make a virtual environment; on Debian and Ubuntu the package python3-venv is missing" >&2
+			exit 2
+		fi
+	fi
+	wanted=$$(cat $(REQUIREMENTS) | cksum)
+	if [ "$$wanted" != "$$(cat $(VENV)/.installed-requirements 2>/dev/null || true)" ]; then
+		echo "make setup: installing the pinned packages (about two minutes, 3 GB)"
+		$(PIP) install --quiet -r requirements/host.txt -c requirements/host-lock.txt
+		$(PIP) install --quiet --no-deps -r requirements/host-no-deps.txt
+		echo "$$wanted" > $(VENV)/.installed-requirements
+	fi
+	wanted="$$(cksum < pyproject.toml) $(CURDIR)"
+	if [ "$$wanted" != "$$(cat $(VENV)/.installed-package 2>/dev/null || true)" ]; then
+		$(PIP) install --quiet --no-deps --no-build-isolation -e .
+		echo "$$wanted" > $(VENV)/.installed-package
+	fi
+
+run: setup
+	@$(VENV)/bin/glm run $(RUNFILE) $(ARGS)
+
+test: setup
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+clean:
+	@rm -rf build *.egg-info .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
