@@ -8,7 +8,7 @@ SHELL := bash
 .PHONY: help setup run test clean
 
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
 REQUIREMENTS := requirements/host.txt requirements/host-lock.txt requirements/host-no-deps.txt
 RUNFILE ?= configs/glm45/tiny.yaml
 # Extra words for the command: make run ARGS="--dry-run", make test ARGS="tests/metrics -x"
@@ -45,13 +45,13 @@ setup:
 	wanted=$$(cat $(REQUIREMENTS) | cksum)
 	if [ "$$wanted" != "$$(cat $(VENV)/.installed-requirements 2>/dev/null || true)" ]; then
 		echo "make setup: installing the pinned packages (about two minutes, 3 GB)"
-		$(PIP) install --quiet -r requirements/host.txt -c requirements/host-lock.txt
-		$(PIP) install --quiet --no-deps -r requirements/host-no-deps.txt
+		$(PIP) install -r requirements/host.txt -c requirements/host-lock.txt
+		$(PIP) install --no-deps -r requirements/host-no-deps.txt
 		echo "$$wanted" > $(VENV)/.installed-requirements
 	fi
 	wanted="$$(cksum < pyproject.toml) $(CURDIR)"
 	if [ "$$wanted" != "$$(cat $(VENV)/.installed-package 2>/dev/null || true)" ]; then
-		$(PIP) install --quiet --no-deps --no-build-isolation -e .
+		$(PIP) install --no-deps --no-build-isolation -e .
 		echo "$$wanted" > $(VENV)/.installed-package
 	fi
 

@@ -1,0 +1,1 @@
+"""What a run measured: metrics.jsonl, the console, wandb, and the report made of them."""
