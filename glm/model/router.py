@@ -1,0 +1,36 @@
+"""megatron's top-k router with three things put right: see each method."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.router import TopKRouter
+
+
+class SigmoidRouter(TopKRouter):
+    """Sigmoid scores, choice by score plus bias, weights from the unbiased scores."""
+
+    def gating(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in fp32 whatever the model's precision.
+
+        Upstream's router_gating_linear (moe_utils.py:1192) needs a name that exists only with transformer-engine.
+        """
+        return F.linear(hidden.float(), self.weight.float())
+
+    def attach_and_log_load_balancing_loss(
+        self, activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp=False,
+        valid_token_count=None,
+    ):
+        """Counts the tokens of the whole reduce group.
+
+        Upstream multiplies by this rank's tokens (router.py:466), so the coefficient shrinks by TP x CP.
+        """
+        count = activation.shape[0] if valid_token_count is None else valid_token_count
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp,
+            count * reduce_group.size(),
+        )
+
+    def _apply_expert_bias(self, routing_map, padding_mask=None):
+        """Upstream's ``routing_map & ~padding_mask`` (router.py:542) is [T, E] & [T]."""
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask.unsqueeze(-1)
+        super()._apply_expert_bias(routing_map)

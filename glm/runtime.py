@@ -1,0 +1,92 @@
+"""Process groups, seeds and threads of one rank."""
+
+import datetime
+import random
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from glm.errors import PlatformError
+from glm.platform import active
+from glm.recipe.schema import StageRecipe
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this rank stands. Sizes and ranks are of the layout's groups."""
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 writes files and draws progress."""
+        return self.rank == 0
+
+
+def start(recipe: StageRecipe, *, rank: int, world_size: int) -> Runtime:
+    """Joins the process group, divides the ranks by the recipe's layout and seeds every generator.
+
+    MASTER_ADDR and MASTER_PORT are read by torch.distributed; alone (world size 1) a rank needs neither.
+    Raises PlatformError for a layout this release cannot vouch for.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    layout = recipe.layout
+    _refuse_unproved(recipe)
+    torch.set_num_threads(recipe.launcher.threads_per_rank)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=recipe.launcher.timeout_seconds)
+        if world_size == 1:
+            dist.init_process_group(active().backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(active().backend, rank=rank, world_size=world_size, timeout=timeout)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=min(layout.ep, world_size),
+            expert_tensor_parallel_size=layout.etp,
+        )
+    random.seed(recipe.seed)
+    numpy.random.seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=recipe.platform == "cuda")
+    return Runtime(
+        rank=rank,
+        world_size=world_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+    )
+
+
+def stop() -> None:
+    """Leaves the process group, after all ranks got here."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _refuse_unproved(recipe: StageRecipe) -> None:
+    layout = recipe.layout
+    for axis in ("tp", "pp", "cp", "etp"):
+        if getattr(layout, axis) > 1:
+            raise PlatformError(
+                f"{recipe.stage}: layout.{axis}", f"{axis}: {getattr(layout, axis)}",
+                f"{axis}: 1; this release proves data and expert parallelism only (docs/design.md, Layouts)",
+                f"set layout.{axis}=1, or wait for the layout proofs",
+            )
