@@ -1,0 +1,195 @@
+"""An SGLang server as a child process: started, waited for, and gone when its owner is."""
+
+import http.client
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glm.errors import EngineError, PlatformError
+from glm.inference.speculative import speculative_arguments
+from glm.platform.host_sglang.environment import server_environment
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to serve and how. ``extra`` holds further fields of SGLang's ServerArgs, checked when the server starts."""
+
+    model_folder: Path
+    platform: str
+    """host or cuda."""
+    port: int = 0
+    """0 takes a free one."""
+    api_key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    num_draft_steps: int = 0
+    """Draft tokens a round from the MTP layer; 0 decodes plainly."""
+    context_length: int | None = None
+    """Longest prompt plus reply; None: the model's."""
+    max_running_requests: int = 128
+    memory_fraction: float = 0.8
+    """Share of the device's memory for weights and keys/values (cuda); the host takes what its requests can fill."""
+    seed: int = 0
+    tp: int = 1
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    batch_invariant: bool = False
+    """Host only: bitwise the same reply whoever is in the batch (needs AVX-512; about 12% slower)."""
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+class EngineServer:
+    """One server, in a process group of its own, bound to loopback. Ends with this process, however this one ends."""
+
+    def __init__(self, spec: ServerSpec, log_file: Path):
+        self.spec, self.log_file = spec, Path(log_file)
+        self.port = spec.port
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "EngineServer":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Starts the process and returns at once. Raises PlatformError when the port is taken, EngineError when the
+        folder holds no model."""
+        assert self._process is None, "already started"
+        if not (Path(self.spec.model_folder) / "config.json").is_file():
+            raise EngineError(f"model folder {self.spec.model_folder}", "no config.json in it", "a Hugging Face model folder",
+                              "export the model first, or correct the path")
+        self.port, rendezvous = _ports(self.spec.port)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        settings = {"parent": os.getpid(), "extra": self.spec.extra,
+                    "arguments": server_arguments(self.spec, self.port, rendezvous)}
+        # a file, not a pipe: SGLang's helper processes inherit it and would keep a reader waiting for ever
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "glm.inference.serve"], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                start_new_session=True, env=server_environment(self.spec.platform, batch_invariant=self.spec.batch_invariant),
+            )
+        self._process.stdin.write(json.dumps(settings).encode())
+        self._process.stdin.close()
+
+    def wait_ready(self, timeout_seconds: float = 180) -> None:
+        """Returns when the server answers. Raises EngineError with the end of its log when it stops or takes too long."""
+        assert self._process is not None, "not started"
+        deadline = time.monotonic() + timeout_seconds
+        while not self._healthy():
+            if self._process.poll() is not None:
+                self._fail(f"the server stopped with status {self._process.returncode}")
+            if time.monotonic() > deadline:
+                self.stop()
+                self._fail(f"no answer after {timeout_seconds:.0f} s")
+            time.sleep(0.1)
+
+    def stop(self, grace_seconds: float = 1) -> None:
+        """Asks the server to end, and after ``grace_seconds`` ends every process of its group. It would drain for 7 s by
+        itself; it holds nothing worth waiting for."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(grace_seconds)
+            except subprocess.TimeoutExpired:
+                pass  # the group is ended below, with the processes the server left behind
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # nobody of the group is left
+        self._process.wait()
+
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _fail(self, what: str):
+        raise EngineError(f"inference server on {self.url} ({self.log_file})", f"{what}; its log ends:\n{log_tail(self.log_file)}",
+                          "a server that answers /health", "read the log above; the whole of it is in the file named")
+
+
+def server_arguments(spec: ServerSpec, port: int, rendezvous_port: int) -> dict[str, object]:
+    """The fields of SGLang's ServerArgs for ``spec``."""
+    folder = str(spec.model_folder)
+    arguments: dict[str, object] = {
+        "model_path": folder,
+        "host": LOOPBACK,
+        "port": port,
+        "nccl_port": rendezvous_port,
+        "api_key": spec.api_key,
+        "dtype": spec.dtype,
+        "tp_size": spec.tp,
+        "random_seed": spec.seed,
+        "max_running_requests": spec.max_running_requests,
+        "mem_fraction_static": spec.memory_fraction,
+        "skip_server_warmup": True,
+        "grammar_backend": "none",
+        "reasoning_parser": "glm45",
+        "tool_call_parser": "glm45",
+        "log_level": "info",
+        "log_level_http": "warning",
+    }
+    if spec.context_length is not None:
+        arguments["context_length"] = spec.context_length
+    if spec.platform == "host":
+        arguments |= {
+            "device": "cpu",
+            # named: without it SGLang picks torch_native on a CPU, which has no draft mode
+            "attention_backend": "host_sdpa",
+            "disable_cuda_graph": True,
+            "sampling_backend": "pytorch",
+        }
+        if spec.context_length is not None:
+            arguments["max_total_tokens"] = spec.max_running_requests * spec.context_length
+    return arguments | speculative_arguments(spec.num_draft_steps, folder)
+
+
+def log_tail(log_file: Path, lines: int = 25) -> str:
+    """The last lines of a log, from the last traceback or error on where there is one."""
+    text = log_file.read_text(errors="replace").splitlines() if log_file.exists() else []
+    starts = [i for i, line in enumerate(text) if line.startswith(("RecipeError", "PlatformError", "EngineError", "Traceback"))
+              or "Traceback (most recent call last)" in line]
+    if starts and len(text) - starts[-1] < 4 * lines:
+        return "\n".join(text[starts[-1]:][-2 * lines:])
+    return "\n".join(text[-lines:]) or "(empty)"
+
+
+def _ports(wanted: int) -> tuple[int, int]:
+    """The HTTP port and one for the processes' rendezvous, both free now. Raises PlatformError when ``wanted`` is taken."""
+    with socket.socket() as http_socket, socket.socket() as rendezvous:
+        http_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            http_socket.bind((LOOPBACK, wanted))
+        except OSError as problem:
+            raise PlatformError(f"port {wanted} of {LOOPBACK}", f"it is in use ({problem.strerror})", "a free port",
+                                "stop the process that listens there, or name another port (0 takes a free one)") from None
+        rendezvous.bind((LOOPBACK, 0))
+        return http_socket.getsockname()[1], rendezvous.getsockname()[1]
