@@ -79,7 +79,7 @@ class Layout(Section):
     cp: Positive = 1
     """Context-parallel ranks."""
     ep: Positive = 1
-    """Expert-parallel ranks, taken from the data- and context-parallel ones."""
+    """Expert-parallel ranks, taken from the tensor-, context- and data-parallel ones."""
     etp: Positive = 1
     """Tensor-parallel ranks inside one expert."""
 
@@ -178,15 +178,41 @@ class Router(Section):
     """Step of the loss-free balancing bias: 1e-3 for 15T tokens, then 0 (P 2.4)."""
 
 
+class Source(Section):
+    """One source of a mixture."""
+
+    corpus: Literal["prose", "code", "repositories", "problems", "dialogues"]
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Part of the stage's tokens that comes from here."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Most times a document may be read; none: as often as the share asks for."""
+
+
+def check_shares(sources: dict[str, Source]) -> None:
+    """Raises ValueError unless the shares sum to 1."""
+    total = sum(source.share for source in sources.values())
+    if abs(total - 1) > 1e-6:
+        parts = " + ".join(f"{source.share:g}" for source in sources.values()) or "no source"
+        raise ValueError(f"shares that sum to 1, not {total:g} ({parts})")
+
+
 class Data(Section):
     mixture: str
     """Name of a file in configs/*/mixture/."""
+    sources: dict[str, Source] = {}
+    """The contents of that file; filled in when the run file is read, so that the recipe stands alone."""
     packing: Literal["truncate", "best_fit"] = "truncate"
     """truncate: concatenate and cut (P 2.3, pretraining). best_fit: nothing that fits is cut, attention stays inside a document."""
     documents: str | None = None
     """The user's own text: a folder or file of text, jsonl or parquet. None: the running Python installation."""
     problems: Count = 20_000
     """How many procedurally generated problems to draw."""
+
+    @model_validator(mode="after")
+    def _sums_to_one(self):
+        if self.sources:
+            check_shares(self.sources)
+        return self
 
 
 class Checkpoint(Section):

@@ -1,0 +1,90 @@
+"""Combinations that cannot run, found before anything starts."""
+
+from glm.errors import RecipeError
+from glm.recipe.schema import ModelStageRecipe, RLRecipe, StageRecipe, TokenizerRecipe
+
+
+def check_stage(recipe: StageRecipe, places: dict[str, str], tokenizer_size: int | None = None) -> None:
+    """Raises RecipeError, with the numbers, at the place that set the first of them. ``places``: dotted key -> file:line."""
+
+    def require(holds: bool, key: str, found: str, expected: str, todo: str) -> None:
+        if not holds:
+            raise RecipeError(_place_of(key, places, recipe.stage), f"stage {recipe.stage}: {found}", expected, todo)
+
+    if isinstance(recipe, TokenizerRecipe) or tokenizer_size:
+        size = recipe.tokenizer.vocab_size if isinstance(recipe, TokenizerRecipe) else tokenizer_size
+        require(
+            size <= recipe.model.vocab_size, "tokenizer.vocab_size", f"a tokenizer of {size} entries, an embedding of {recipe.model.vocab_size}",
+            "no more entries than the embedding has rows", "lower tokenizer.vocab_size or raise model.vocab_size",
+        )
+    _check_layout(recipe, require)
+    if isinstance(recipe, ModelStageRecipe):
+        _check_lengths(recipe, require)
+
+
+def data_parallel_size(recipe: StageRecipe) -> int:
+    """Ranks that read different sequences."""
+    layout = recipe.layout
+    return recipe.world_size // (layout.tp * layout.pp * layout.cp)
+
+
+def _check_layout(recipe: StageRecipe, require) -> None:
+    layout, model, world = recipe.layout, recipe.model, recipe.world_size
+    slots = layout.tp * layout.pp * layout.cp
+    require(
+        world % slots == 0, "layout", f"{world} ranks for tp {layout.tp} x pp {layout.pp} x cp {layout.cp} = {slots}",
+        f"a multiple of {slots} ranks", "change the layout, or nodes and ranks_per_node",
+    )
+    for what, number, key in (
+        ("num_attention_heads", model.num_attention_heads, "tp"), ("num_query_groups", model.num_query_groups, "tp"),
+        ("vocab_size", model.vocab_size, "tp"), ("dense_ffn_size", model.dense_ffn_size, "tp"), ("num_layers", model.num_layers, "pp"),
+        ("num_experts", model.num_experts, "ep"), ("expert_ffn_size", model.expert_ffn_size, "etp"),
+    ):
+        parts = getattr(layout, key)
+        require(number % parts == 0, f"layout.{key}", f"{what} {number} over {key} {parts}", f"a divisor of {number}", f"change layout.{key}")
+    shared = world // layout.pp
+    require(
+        shared % (layout.ep * layout.etp) == 0, "layout.ep",
+        f"ep {layout.ep} x etp {layout.etp} on the {shared} ranks (tp x cp x dp) of a pipeline stage", f"a divisor of {shared}",
+        "change layout.ep, or the number of ranks",
+    )
+
+
+def _check_lengths(recipe: ModelStageRecipe, require) -> None:
+    length, layout = recipe.sequence_length, recipe.layout
+    require(length > 0, "sequence_length", f"sequence_length {length}", "a positive length", "raise sequence_length")
+    require(
+        length <= recipe.model.max_position, "sequence_length", f"sequence_length {length}", f"at most model.max_position {recipe.model.max_position}",
+        "shorten the sequences, or raise max_position in the model file",
+    )
+    pieces = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    require(
+        length % pieces == 0, "sequence_length", f"sequence_length {length} cut for tp {layout.tp} and cp {layout.cp}", f"a multiple of {pieces}",
+        "change sequence_length or the layout",
+    )
+    replicas = data_parallel_size(recipe)
+    if isinstance(recipe, RLRecipe):
+        replies = recipe.rollout.prompts_per_step * recipe.rollout.group_size
+        require(
+            recipe.batch.tokens == replies * length, "batch.tokens", f"batch.tokens {recipe.batch.tokens} for {replies} replies of {length}",
+            f"{replies * length}, what one rollout gives", "leave batch.tokens out",
+        )
+        require(
+            recipe.rollout.max_new_tokens < length, "rollout.max_new_tokens", f"replies of {recipe.rollout.max_new_tokens} tokens",
+            f"fewer than sequence_length {length}: the prompt needs room", "change one of the two",
+        )
+        require(replies >= replicas, "rollout", f"{replies} replies a step for {replicas} data-parallel ranks", "at least one each", "ask for more replies")
+        return
+    end = recipe.run_tokens_before + getattr(recipe, "tokens", 0)
+    smallest = int(min(recipe.batch.tokens_at(recipe.run_tokens_before), recipe.batch.tokens_at(end)))    # a ramp is monotonic
+    require(
+        smallest >= replicas * length, "batch.tokens", f"a batch of {smallest} tokens for {replicas} data-parallel ranks x {length} tokens",
+        f"at least {replicas * length}, one sequence a rank", "raise batch.tokens, shorten sequence_length, or use fewer data-parallel ranks",
+    )
+
+
+def _place_of(key: str, places: dict[str, str], stage: str) -> str:
+    """Where ``key`` (or something in it, or the section around it) was set; the stage if it was nowhere."""
+    inside = [place for name, place in places.items() if name == key or name.startswith(key + ".")]
+    around = [place for name, place in places.items() if name.startswith(key.partition(".")[0] + ".")]
+    return (inside + around + [f"stage {stage}"])[0]
