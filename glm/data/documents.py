@@ -1,0 +1,171 @@
+"""Where training text comes from: the corpora by name, and the user's own files.
+
+A corpus is an iterator of (name, text); the same installation or folder always gives the same documents in the same order.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from glm.data import python_corpus
+from glm.data.conversations import problem_dialogues, problem_texts
+from glm.errors import DataError
+
+TEXT_CORPORA = {"prose": python_corpus.prose, "code": python_corpus.code, "repositories": python_corpus.repositories}
+CORPORA = (*TEXT_CORPORA, "problems", "dialogues")
+
+DEFAULT_CORPUS_BYTES = 4_500_000
+"""Bound on one corpus of the Python installation: about 1.5M tokens of a small vocabulary. The user's own text has none."""
+
+TEXT_SUFFIXES = {
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
+    ".java", ".js", ".ts", ".go", ".rs", ".rb", ".php", ".cs", ".scala", ".kt", ".swift", ".sh", ".sql", ".toml", ".yaml", ".yml",
+}
+RECORD_SUFFIXES = {".jsonl", ".parquet"}
+
+
+def check_corpus(name: str) -> None:
+    if name not in CORPORA:
+        raise DataError(
+            f"corpus {name!r} of a mixture", "no corpus of that name", "one of " + ", ".join(CORPORA), "correct the mixture file"
+        )
+
+
+def documents(corpus: str, path: str | None, problems: int, seed: int, limit_bytes: int = DEFAULT_CORPUS_BYTES
+              ) -> Iterator[tuple[str, str]]:
+    """The (name, text) documents of a corpus that is text (not ``dialogues``).
+
+    ``path``: the user's own text in place of prose, code and repositories. Raises DataError for text that cannot be read.
+    """
+    check_corpus(corpus)
+    if corpus == "problems":
+        yield from ((f"problem {i}", text) for i, text in enumerate(problem_texts(problems, seed)))
+    elif path is not None:
+        yield from user_documents(Path(path))
+    else:
+        taken = 0
+        for name, text in TEXT_CORPORA[corpus]():
+            size = len(text.encode())
+            yield name, text
+            taken += size
+            if taken >= limit_bytes:
+                return
+
+
+def dialogues(problems: int, seed: int) -> list[tuple[list[dict[str, str]], bool]]:
+    """Chats as (messages, whether the assistant thinks)."""
+    return problem_dialogues(problems, seed)
+
+
+def user_files(path: Path) -> list[Path]:
+    """The files of the user's folder (or the one file), sorted. Hidden ones and unknown suffixes in a folder are left out."""
+    if path.is_file():
+        return [path]
+    expected = f"text ({', '.join(sorted(TEXT_SUFFIXES))}), .jsonl or .parquet files"
+    if not path.is_dir():
+        raise DataError(f"data.documents {path}", "no such file or folder", expected, "correct the path")
+    files = sorted(
+        file for file in path.rglob("*")
+        if file.suffix.lower() in TEXT_SUFFIXES | RECORD_SUFFIXES and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        others = sorted({file.suffix or file.name for file in path.rglob("*") if file.is_file()})
+        found = f"no such file, only {', '.join(others[:8])}" if others else "an empty folder"
+        raise DataError(f"data.documents {path}", found, expected, "put text there, or leave data.documents out")
+    return files
+
+
+def _check_encoding(files: list[Path]) -> None:
+    """Raises DataError naming the first file that is not UTF-8, and how many are not."""
+    broken: list[tuple[Path, UnicodeDecodeError]] = []
+    for file in files:
+        if file.suffix.lower() not in RECORD_SUFFIXES:
+            try:
+                file.read_bytes().decode()
+            except UnicodeDecodeError as error:
+                broken.append((file, error))
+    if broken:
+        file, error = broken[0]
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{file}, line {line}",
+            f"byte 0x{error.object[error.start]:02x}, which is not UTF-8 ({len(broken)} of {len(files)} files are not)",
+            "UTF-8 text", "convert the files (iconv -t utf-8) or move them away",
+        )
+
+
+def user_documents(path: Path) -> Iterator[tuple[str, str]]:
+    """One document per text file, per jsonl line and per parquet row."""
+    files = user_files(path)
+    _check_encoding(files)
+    for file in files:
+        suffix = file.suffix.lower()
+        if suffix == ".jsonl":
+            yield from _jsonl_documents(file)
+        elif suffix == ".parquet":
+            yield from _parquet_documents(file)
+        else:
+            yield str(file), file.read_bytes().decode()
+
+
+def _jsonl_documents(file: Path) -> Iterator[tuple[str, str]]:
+    expected, todo = 'one JSON object a line with a "text" string', "correct or remove the line"
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{file}, line {number}"
+            if not raw.strip():
+                continue
+            try:
+                record = json.loads(raw.decode())
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise DataError(where, f"not JSON in UTF-8: {error}", expected, todo) from error
+            if not isinstance(record, dict) or "text" not in record:
+                found = f"keys {', '.join(sorted(record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise DataError(where, found, expected, todo)
+            if not isinstance(record["text"], str):
+                raise DataError(where, f'"text" is a {type(record["text"]).__name__}', expected, todo)
+            yield where, record["text"]
+
+
+def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    expected = 'a parquet file with a column "text" of strings'
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(str(file), f"not readable as parquet: {error}", expected, "write the file again or remove it") from error
+    with table:
+        names = table.schema_arrow.names
+        if "text" not in names:
+            raise DataError(str(file), f"columns {', '.join(names)}", expected, 'rename the text column to "text"')
+        row = 0
+        try:
+            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise DataError(f"{file}, row {row}", f'"text" is a {type(text).__name__}', expected, "correct or remove the row")
+                    yield f"{file}, row {row}", text
+                    row += 1
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}, row {row}", f"broken parquet: {error}", expected, "write the file again or remove it") from error
+
+
+def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) -> str:
+    """Changes when the documents of a corpus may have: names, sizes and dates of files; for problems, count, seed and format."""
+    digest = hashlib.blake2b(digest_size=8)
+    if corpus in ("problems", "dialogues"):
+        sample = problem_texts(min(problems, 16), seed)
+        digest.update(json.dumps([corpus, problems, seed, sample]).encode())
+    elif path is not None:
+        for file in user_files(Path(path)):
+            status = file.stat()
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    else:
+        import sys
+
+        digest.update(f"{corpus} {sys.version} {DEFAULT_CORPUS_BYTES}".encode())
+    return digest.hexdigest()
