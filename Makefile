@@ -32,7 +32,7 @@ setup:
 		done
 		if [ -z "$$chosen" ]; then
 			echo "make setup: no usable interpreter among: $(or $(PYTHON),python3 python3.11 python3.12 python3.13)" >&2
-			echo "  found:    $$(python3 --version 2>&1 || true)" >&2
+			echo "  found:    $$($(or $(PYTHON),python3) --version 2>&1 || true)" >&2
 			echo "  expected: Python 3.11 or newer" >&2
 			echo "  to do:    install one, or name it: make setup PYTHON=/path/to/python3.11" >&2
 			exit 2
