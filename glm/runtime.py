@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from glm.errors import PlatformError
 from glm.platform import active
+from glm.platform.ranks import place
 from glm.recipe.schema import StageRecipe
 
 
@@ -30,7 +31,7 @@ class Runtime:
         return self.rank == 0
 
 
-def start(recipe: StageRecipe, *, rank: int, world_size: int) -> Runtime:
+def start(recipe: StageRecipe) -> Runtime:
     """Joins the process group, divides the ranks by the recipe's layout and seeds every generator.
 
     MASTER_ADDR and MASTER_PORT are read by torch.distributed; alone (world size 1) a rank needs neither.
@@ -39,6 +40,7 @@ def start(recipe: StageRecipe, *, rank: int, world_size: int) -> Runtime:
     from megatron.core import parallel_state, tensor_parallel
 
     layout = recipe.layout
+    rank, world_size = place().rank, place().world_size
     _refuse_unproved(recipe)
     torch.set_num_threads(recipe.launcher.threads_per_rank)
     if not dist.is_initialized():

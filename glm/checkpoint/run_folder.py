@@ -12,6 +12,11 @@ class RunFolder:
 
     root: Path
 
+    @classmethod
+    def of(cls, recipe) -> "RunFolder":
+        """The folder a stage's recipe names."""
+        return cls(Path(recipe.run_folder))
+
     @property
     def metrics(self) -> Path:
         """One JSON object a line, from every stage."""

@@ -121,6 +121,12 @@ class TrainOptimizer:
             if param.dtype != torch.float32:
                 param.data.copy_(master)
 
+    def masters_from_params(self) -> None:
+        """Takes over weights that were loaded without optimizer state."""
+        for param, master in self.masters.items():
+            if param.dtype != torch.float32:
+                master.copy_(param.detach())
+
     def _adamw_steps(self) -> int:
         if not self.adamw:
             return 0

@@ -1,0 +1,35 @@
+"""What every rank of a stage runs: ``python -m glm.rank RECIPE_JSON`` under torchrun's environment variables."""
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+
+
+def run(recipe_path: Path) -> int:
+    """Runs the recipe's main; returns the exit status. A user's mistake is told without a traceback."""
+    from glm import platform
+    from glm.errors import UserError
+    from glm.platform.lifetime import die_with_parent
+    from glm.platform.ranks import place
+    from glm.recipe.compose import load_recipe
+    from glm.recipe.schema import ExportRecipe, ModelStageRecipe
+
+    die_with_parent()
+    warnings.filterwarnings("ignore", message="Apex is not installed")  # optional; its absence is what the recipe expects
+    try:
+        recipe = load_recipe(recipe_path)
+        if isinstance(recipe, (ModelStageRecipe, ExportRecipe)):
+            platform.activate(recipe.platform, place().local_rank)
+        importlib.import_module(recipe.main).main(recipe)
+    except UserError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+# The guard matters: megatron's checkpoint writer starts processes that import this module again.
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1])))
