@@ -1,0 +1,137 @@
+"""The command ``glm``. Verbs import what they need when they run: ``glm --help`` answers at once."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from glm.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 fine, 1 something required is wrong (doctor), 2 a mistake told on stderr, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.verb(options) or 0
+    except UserError as problem:
+        print(f"glm {options.name}: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nglm {options.name}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:    # `glm show … | head` closed the pipe: nobody is left to tell
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="glm", description="Trains GLM-4.5 models from raw text to chat.")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, function, summary: str, example: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        added.set_defaults(verb=function, name=name)
+        return added
+
+    run = verb(
+        "run", _run, "run the stages that are not yet done, in order", "glm run configs/glm45/tiny.yaml data.documents=~/notes run_folder=runs/mine"
+    )
+    run.add_argument("runfile", metavar="RUNFILE")
+    run.add_argument("words", nargs="*", metavar="STAGE|KEY=VALUE", help="only these stages; recipe keys to change")
+    run.add_argument("--dry-run", action="store_true", help="print what would run, and the command line of each stage")
+
+    show = verb("show", _show, "the resolved recipe of a stage, with the origin of each value", "glm show configs/glm45/air.yaml pretrain_general")
+    show.add_argument("runfile", metavar="RUNFILE")
+    show.add_argument("words", nargs="*", metavar="STAGE|KEY=VALUE")
+    show.add_argument("--schedule", action="store_true", help="learning rate, batch and the rest over the tokens of all stages")
+    show.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    check = verb("check", _check, "are the recipes valid, and how large is what they describe", "glm check configs/glm45/*.yaml")
+    check.add_argument("words", nargs="*", metavar="RUNFILE|KEY=VALUE", help="default: every run file in configs/glm45")
+    check.add_argument("--json", action="store_true", help="one JSON object a run file")
+
+    chat = verb("chat", _chat, "talk to an exported model", "glm chat runs/tiny")
+    chat.add_argument("folder", metavar="RUNFOLDER|HF_FOLDER")
+
+    doctor = verb("doctor", _doctor, "what this machine has, what disagrees, what breaks as a result", "glm doctor")
+    doctor.add_argument("--json", action="store_true", help="one JSON object a finding")
+
+    report = verb("report", _report, "one self-contained page with the curves of a run", "glm report runs/tiny")
+    report.add_argument("folder", metavar="RUNFOLDER")
+    return parser
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Stages (or files) and KEY=VALUE changes, each in order."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from glm.launch.cluster import command_line, head_line
+    from glm.launch.local import Interrupted
+    from glm.launch.stages import run_stages, select
+    from glm.recipe.compose import load_run
+
+    stages, changes = split_words(options.words)
+    run = load_run(options.runfile, changes)
+    if options.dry_run:
+        if any(recipe.launcher.kind == "slurm" for recipe in run.stages.values()):
+            print(head_line())
+        for stage in select(run, stages):
+            print(command_line(run.stages[stage], Path(run.run_folder) / "stages" / stage / "recipe.json"))
+        return 0
+    try:
+        run_stages(run, stages, say=lambda text: print(f"glm run: {text}", flush=True))
+    except Interrupted as stage:
+        print(f"\nglm run: stopped in {stage}; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
+    return _write_report(run.run_folder)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    return _write_report(Path(options.folder))
+
+
+def _write_report(folder) -> int:
+    from glm.metrics.report import write_report
+
+    print(f"glm report: {write_report(folder)}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from glm.show import show_recipe, show_schedule
+
+    stages, changes = split_words(options.words)
+    show = show_schedule if options.schedule else show_recipe
+    return show(options.runfile, stages, changes, as_json=options.json)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from glm.show import check_runs
+
+    files, changes = split_words(options.words)
+    return check_runs(files, changes, as_json=options.json)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from glm.inference.chat import chat
+
+    return chat(Path(options.folder)) or 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from glm.doctor import diagnose
+
+    return diagnose(as_json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

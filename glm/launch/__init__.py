@@ -1,0 +1,1 @@
+"""Starting ranks, watching them, and what is written around a stage."""
