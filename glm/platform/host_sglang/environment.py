@@ -14,6 +14,7 @@ HOST = {
     # SGLang decorates small functions with torch.compile: the first request took 4.5 s instead of 0.2 s
     "TORCHDYNAMO_DISABLE": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    "SGLANG_EXTERNAL_MODEL_PACKAGE": "glm.platform.host_sglang.models",
 }
 
 ALWAYS = {
