@@ -5,6 +5,8 @@ A corpus is an iterator of (name, text); the same installation or folder always 
 
 import hashlib
 import json
+import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,17 +34,18 @@ def check_corpus(name: str) -> None:
         )
 
 
-def documents(corpus: str, path: str | None, problems: int, seed: int, limit_bytes: int = DEFAULT_CORPUS_BYTES
-              ) -> Iterator[tuple[str, str]]:
+def documents(corpus: str, path: str | None, problems: int, seed: int, *, limit_bytes: int = DEFAULT_CORPUS_BYTES,
+              mixed: bool = False) -> Iterator[tuple[str, str]]:
     """The (name, text) documents of a corpus that is text (not ``dialogues``).
 
-    ``path``: the user's own text in place of prose, code and repositories. Raises DataError for text that cannot be read.
+    ``path``: the user's own text in place of prose, code and repositories; ``mixed`` reads its files in a shuffled order, for a
+    reader who stops early. Raises DataError for text that cannot be read.
     """
     check_corpus(corpus)
     if corpus == "problems":
         yield from ((f"problem {i}", text) for i, text in enumerate(problem_texts(problems, seed)))
     elif path is not None:
-        yield from user_documents(Path(path))
+        yield from user_documents(Path(path), mixed=mixed)
     else:
         taken = 0
         for name, text in TEXT_CORPORA[corpus]():
@@ -96,10 +99,12 @@ def _check_encoding(files: list[Path]) -> None:
         )
 
 
-def user_documents(path: Path) -> Iterator[tuple[str, str]]:
+def user_documents(path: Path, *, mixed: bool = False) -> Iterator[tuple[str, str]]:
     """One document per text file, per jsonl line and per parquet row."""
     files = user_files(path)
     _check_encoding(files)
+    if mixed:
+        random.Random(0).shuffle(files)
     for file in files:
         suffix = file.suffix.lower()
         if suffix == ".jsonl":
@@ -126,6 +131,10 @@ def _jsonl_documents(file: Path) -> Iterator[tuple[str, str]]:
                 raise DataError(where, found, expected, todo)
             if not isinstance(record["text"], str):
                 raise DataError(where, f'"text" is a {type(record["text"]).__name__}', expected, todo)
+            try:
+                record["text"].encode()
+            except UnicodeEncodeError as error:
+                raise DataError(where, f'"text" is not Unicode: {error.reason}', expected, todo) from error
             yield where, record["text"]
 
 
@@ -165,7 +174,5 @@ def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) 
             status = file.stat()
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     else:
-        import sys
-
         digest.update(f"{corpus} {sys.version} {DEFAULT_CORPUS_BYTES}".encode())
     return digest.hexdigest()

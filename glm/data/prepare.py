@@ -1,0 +1,112 @@
+"""Tokenizes what a stage's mixture reads into RUN/data, once: a corpus that is there and whole is not made again.
+
+A corpus is named by what decides its contents (tokenizer, documents, problems, seed), so stages share it, and a changed
+input makes a new one beside the old. RUN/data/STAGE.json says which one each source of the stage reads, report.json what is in them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from glm.checkpoint.run_folder import RunFolder, write_json
+from glm.data.batches import Batches, manifest_path
+from glm.data.documents import TEXT_CORPORA, corpus_fingerprint, dialogues, documents
+from glm.data.tokenized import read_facts, write_corpus
+from glm.recipe.mixture import mixture_of
+from glm.recipe.schema import TrainRecipe
+from glm.recipe.sections import Data
+from glm.tokenizer.chat_template import encode_segments, render
+from glm.tokenizer.load import encode_texts, load_tokenizer, token_id
+from glm.tokenizer.special_tokens import END_OF_TEXT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = "1"
+"""Raised when the same inputs give other tokens."""
+DOCUMENTS_AT_ONCE = 256
+
+
+def prepare(recipe: TrainRecipe, folder: RunFolder) -> None:
+    """For rank 0 alone; others wait. Raises DataError for text that cannot be read or a torn corpus."""
+    tokenizer = load_tokenizer(folder.tokenizer)
+    tokenizer_digest = hashlib.blake2b((folder.tokenizer / "tokenizer.json").read_bytes(), digest_size=8).hexdigest()
+    names, facts = {}, {}
+    for source_name, source in mixture_of(recipe.data).sources.items():
+        name = corpus_name(source.corpus, recipe.data, recipe.seed, tokenizer_digest)
+        names[source_name] = name
+        facts[source_name] = read_facts(folder.data, name, check_digests=True)
+        if facts[source_name] is None:
+            _tokenize(source.corpus, recipe.data, recipe.seed, tokenizer, folder.data, name)
+            facts[source_name] = read_facts(folder.data, name)
+    write_json(manifest_path(folder, recipe.stage), {"sources": names, "end_of_text": token_id(tokenizer, END_OF_TEXT)})
+    _report(recipe, folder, facts)
+
+
+def corpus_name(corpus: str, data: Data, seed: int, tokenizer_digest: str) -> str:
+    """File name of a tokenized corpus. The user's own text stands for three corpora and is tokenized once."""
+    kind = "documents" if data.documents is not None and corpus in TEXT_CORPORA else corpus
+    inputs = [FORMAT, tokenizer_digest, corpus_fingerprint(kind, data.documents, data.problems, seed)]
+    return f"{kind}-{hashlib.blake2b(json.dumps(inputs).encode(), digest_size=6).hexdigest()}"
+
+
+def _tokenize(corpus: str, data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast", folder: Path, name: str) -> None:
+    dropped = {"empty": 0, "repeated": 0}
+    if corpus == "dialogues":
+        encoded = _encoded_dialogues(data, seed, tokenizer)
+        total: int | None = data.problems
+    else:
+        encoded = _encoded_texts(corpus, data, seed, tokenizer, dropped)
+        total = data.problems if corpus == "problems" else None
+    progress = tqdm(encoded, desc=f"tokenize {name.split('-')[0]}", total=total, unit="doc", disable=None, leave=False)
+    write_corpus(folder, name, progress, vocab_size=len(tokenizer), facts={"corpus": corpus, "dropped": dropped})
+
+
+def _in_batches(items: Iterable) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(islice(items, DOCUMENTS_AT_ONCE)):
+        yield batch
+
+
+def _encoded_texts(corpus: str, data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast", dropped: dict[str, int]
+                   ) -> Iterator[tuple[list[int], None]]:
+    """Each text ends with <|endoftext|>. Empty texts and exact repetitions are dropped and counted; problems may repeat."""
+    end = token_id(tokenizer, END_OF_TEXT)
+    seen: set[bytes] = set()
+    for batch in _in_batches(documents(corpus, data.documents, data.problems, seed)):
+        kept = []
+        for _, text in batch:
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if not text.strip():
+                dropped["empty"] += 1
+            elif corpus != "problems" and digest in seen:
+                dropped["repeated"] += 1
+            else:
+                seen.add(digest)
+                kept.append(text)
+        yield from (([*ids, end], None) for ids in encode_texts(tokenizer, kept))
+
+
+def _encoded_dialogues(data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast") -> Iterator[tuple[list[int], list[int]]]:
+    for batch in _in_batches(dialogues(data.problems, seed)):
+        segments = [render(messages, enable_thinking=thinks, close=True) for messages, thinks in batch]
+        yield from encode_segments(tokenizer, segments)
+
+
+def _report(recipe: TrainRecipe, folder: RunFolder, facts: dict[str, dict]) -> None:
+    """Adds the stage to RUN/data/report.json and prints a line for each source."""
+    path = folder.data / "report.json"
+    stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    lines = Batches(recipe, folder).report()
+    for name, line in lines.items():
+        line["dropped"] = facts[name]["dropped"]
+        print(
+            f"{recipe.stage}: {name} {line['documents']:,} documents, {line['tokens']:,} tokens, {line['epochs']:.2f} epochs"
+            + "".join(f", {count} {reason} dropped" for reason, count in line["dropped"].items() if count), flush=True,
+        )
+    write_json(path, {**stages, recipe.stage: lines})
