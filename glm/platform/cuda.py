@@ -3,7 +3,7 @@
 import torch
 
 from glm.errors import PlatformError
-from glm.platform.interface import Platform
+from glm.platform.interface import Platform, shared_memory_folder
 
 
 def platform(local_rank: int = 0) -> Platform:
@@ -33,4 +33,5 @@ def platform(local_rank: int = 0) -> Platform:
         peak_memory_bytes=lambda: torch.cuda.max_memory_allocated(device),
         rng_state=lambda: torch.cuda.get_rng_state(device),
         set_rng_state=lambda state: torch.cuda.set_rng_state(state, device),
+        memory_folder=shared_memory_folder(),
     )

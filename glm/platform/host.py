@@ -4,7 +4,7 @@ import resource
 
 import torch
 
-from glm.platform.interface import Platform
+from glm.platform.interface import Platform, shared_memory_folder
 
 
 def platform() -> Platform:
@@ -19,4 +19,5 @@ def platform() -> Platform:
         peak_memory_bytes=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         rng_state=torch.get_rng_state,
         set_rng_state=torch.set_rng_state,
+        memory_folder=shared_memory_folder(),
     )

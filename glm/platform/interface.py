@@ -1,5 +1,6 @@
 """What the rest of the code may ask of a device."""
 
+import os
 from dataclasses import dataclass
 from typing import Callable
 
@@ -22,6 +23,13 @@ class Platform:
     """Largest memory of this process so far: device memory on CUDA, resident memory on the host."""
     rng_state: Callable[[], torch.Tensor]
     set_rng_state: Callable[[torch.Tensor], None]
+    memory_folder: str | None
+    """A folder held in memory, where trainer and engine on one machine hand weights over; None: the temporary folder."""
+
+
+def shared_memory_folder() -> str | None:
+    """Linux keeps /dev/shm in memory; elsewhere, or where it is not writable, None."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 _active: Platform | None = None
