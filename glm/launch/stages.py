@@ -18,8 +18,12 @@ from glm.recipe.schema import StageRecipe
 from glm.recipe.source import nearest, shown
 
 
-def run_stages(run: Run, chosen: list[str], say: Callable[[str], None] = print) -> None:
+def run_stages(
+    run: Run, chosen: list[str], say: Callable[[str], None] = print, command: Callable[[Path], list[str]] = rank_command
+) -> None:
     """Runs what is not yet done of ``chosen`` (none: all stages), in the order of the run file.
+
+    ``command``: from the recipe file of a stage to what each of its ranks executes on this machine.
 
     Everything that can be refused is refused before the first stage starts: an unknown stage, one made with another
     recipe, a parent that is not there, a folder another `glm run` is using. Raises RecipeError or PlatformError.
@@ -38,7 +42,7 @@ def run_stages(run: Run, chosen: list[str], say: Callable[[str], None] = print) 
                 continue
             say(f"{stage}: starts ({run.stages[stage].world_size} rank{'s' * (run.stages[stage].world_size > 1)})")
             started = time.monotonic()
-            _run_stage(run.stages[stage], folder, prints[stage])
+            _run_stage(run.stages[stage], folder, prints[stage], command)
             seconds = time.monotonic() - started
             write_json(folder.done(stage), {"fingerprint": prints[stage], "seconds": round(seconds, 1)})
             say(f"{stage}: done in {seconds:.0f} s")
@@ -52,7 +56,7 @@ def select(run: Run, chosen: list[str]) -> list[str]:
     return [stage for stage in run.stages if not chosen or stage in chosen]
 
 
-def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str) -> None:
+def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str, command: Callable[[Path], list[str]]) -> None:
     stage = recipe.stage
     write_json(folder.recipe(stage), dump_recipe(recipe))
     write_json(started_file(folder, stage), {"fingerprint": fingerprint})
@@ -60,7 +64,7 @@ def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str) -> None
         run_on_cluster(recipe, folder.recipe(stage))
     else:
         run_ranks(
-            rank_command(folder.recipe(stage)), recipe.world_size, folder.stage(stage), stage=stage,
+            command(folder.recipe(stage)), recipe.world_size, folder.stage(stage), stage=stage,
             threads_per_rank=recipe.launcher.threads_per_rank,
         )
 

@@ -6,19 +6,14 @@ import signal
 import sys
 
 PARENT_VARIABLE = "GLM_PARENT_PID"
-"""Set by whoever starts the process, to its own id."""
+"""Set by glm/launch to the launcher's process id."""
 _PR_SET_PDEATHSIG = 1    # linux/prctl.h
-
-
-def parent_environment() -> dict[str, str]:
-    """What a parent adds to the environment of a child that calls die_with_parent."""
-    return {PARENT_VARIABLE: str(os.getpid())}
 
 
 def die_with_parent() -> None:
     """The kernel kills this process when the thread that started it ends, however it ends. Call first thing.
 
-    A parent that died before the call is noticed by its id, if it started us with parent_environment(). Without that
+    A parent that died before the call is noticed by its id, if it told us its id in the environment. Without that
     variable (under torchrun, say) whoever started this process is the parent. Does nothing outside Linux.
     """
     if not sys.platform.startswith("linux"):
@@ -26,6 +21,6 @@ def die_with_parent() -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    expected = os.environ.get(PARENT_VARIABLE)
+    expected = os.environ.pop(PARENT_VARIABLE, None)    # popped: for a process we start it would name the wrong parent
     if expected is not None and os.getppid() != int(expected):
         os.kill(os.getpid(), signal.SIGKILL)
