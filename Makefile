@@ -23,7 +23,7 @@ help:
 		PYTHON=python3.12        the interpreter .venv is made with; the first of python3, python3.11 ... 3.13 that fits if not given
 	TEXT
 
-# Stamps hold what was installed, not when: a checkout that only touches files installs nothing, an interrupted install is done again.
+# Stamps hold what was installed, not when: touching the files installs nothing, an interrupted install is done again.
 setup:
 	@if ! $(VENV)/bin/python -c '' 2>/dev/null; then
 		chosen=

@@ -15,6 +15,7 @@ from glm.metrics.console import short_count
 PALETTE = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#ca8a04", "#ec4899", "#64748b", "#84cc16")
 _INK = "#010203"  # drawn in this, then replaced: the page decides between dark on light and light on dark
 _MAX_POINTS = 500
+_NARROW, _WIDE = 5.6, 10.5  # inches, for a figure in half of the page's width and in all of it
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Curve:
 
 
 _KINDS = {
-    "line": {"linewidth": 1.6}, "dashed": {"linewidth": 1.2, "linestyle": (0, (4, 2))}, "faint": {"linewidth": 0.8, "alpha": 0.35},
-    "steps": {"linewidth": 1.6, "drawstyle": "steps-post"}, "dots": {"marker": "o", "markersize": 4, "linewidth": 1.2},
+    "line": {"linewidth": 1.6}, "dashed": {"linewidth": 1.2, "linestyle": (0, (4, 2))},
+    "faint": {"linewidth": 0.8, "alpha": 0.35}, "steps": {"linewidth": 1.6, "drawstyle": "steps-post"},
+    "dots": {"marker": "o", "markersize": 4, "linewidth": 1.2},
 }
 
 
@@ -53,13 +55,16 @@ def smoothed(y: Sequence[float], window: int) -> np.ndarray:
 
 
 def curves(lines: Sequence[Curve], *, y_label: str, x_label: str = "step", log: bool = False, limit: float | None = None,
-           height: float = 2.7, legend: bool = True, limit_label: str = "") -> str:
-    """One plot. ``limit`` draws a dotted horizontal line. Tokens on an axis are written 1.2M."""
-    figure, axes = _figure(height)
+           legend: bool = True, limit_label: str = "", wide: bool = False) -> str:
+    """One plot. ``limit`` draws a dotted horizontal line. ``wide`` suits a figure that takes the whole row of the page."""
+    figure, axes = _figure(3.0 if wide else 2.7, width=_WIDE if wide else _NARROW)
     for line in lines:
         x, y = (np.asarray(line.x, float), np.asarray(line.y, float)) if line.kind == "steps" else thinned(line.x, line.y)
         if len(x):
-            axes.plot(x, y, color=line.color, label=line.label, **{**_KINDS[line.kind], **({"marker": "o", "markersize": 3} if len(x) == 1 else {})})
+            alone = {"marker": "o", "markersize": 3} if len(x) == 1 else {}
+            axes.plot(x, y, color=line.color, label=line.label, **(_KINDS[line.kind] | alone))
+    if not log and any(line.kind == "steps" for line in lines):
+        axes.set_ylim(bottom=0)
     if limit is not None:
         axes.axhline(limit, color=_INK, alpha=0.6, linewidth=1, linestyle=":", label=limit_label)
     if log:
@@ -74,7 +79,7 @@ def curves(lines: Sequence[Curve], *, y_label: str, x_label: str = "step", log: 
 
 def heat_maps(panels: Sequence[tuple[str, np.ndarray]], x: Sequence[float], *, x_label: str) -> str:
     """One panel under the other, each [time, expert]: load over the even share, 1 is balanced. ``x`` is the time of the rows."""
-    figure, all_axes = _figure(0.5 + 0.95 * len(panels), rows=len(panels), width=9.0)
+    figure, all_axes = _figure(0.5 + 0.95 * len(panels), rows=len(panels), width=_WIDE)
     for axes, (label, loads) in zip(np.atleast_1d(all_axes), panels, strict=True):
         parts = np.array_split(np.arange(len(loads)), min(len(loads), 200))
         cells = np.stack([loads[part].mean(0) for part in parts])
@@ -93,12 +98,13 @@ def heat_maps(panels: Sequence[tuple[str, np.ndarray]], x: Sequence[float], *, x
 
 def bars(groups: Sequence[str], series: Sequence[tuple[str, Sequence[float], Sequence[float], str]], *, y_label: str) -> str:
     """Groups of bars; a series is (label, heights, standard errors, colour); a height that is missing is nan."""
-    figure, axes = _figure(2.9, width=9.0)
+    figure, axes = _figure(2.9, width=_WIDE)
     width = 0.8 / max(1, len(series))
     for index, (label, heights, errors, color) in enumerate(series):
         places = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
         axes.bar(places, heights, width * 0.92, color=color, label=label)
-        axes.errorbar(places, heights, yerr=np.nan_to_num(np.asarray(errors, float)), fmt="none", ecolor=_INK, elinewidth=0.9, capsize=1.5)
+        errors = np.nan_to_num(np.asarray(errors, float))
+        axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor=_INK, elinewidth=0.9, capsize=1.5)
     axes.set_xticks(np.arange(len(groups)), groups)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
@@ -118,16 +124,17 @@ def stacked(x: Sequence[float], parts: Sequence[tuple[str, Sequence[float], str]
     return _svg(figure)
 
 
-def _figure(height: float, rows: int = 1, width: float = 5.6):
+def _figure(height: float, rows: int = 1, width: float = _NARROW):
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib import pyplot
 
     pyplot.rcParams.update({
-        "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.14, "grid.color": _INK, "text.color": _INK,
+        "svg.fonttype": "none", "font.size": 9, "text.color": _INK, "axes.grid": True, "grid.alpha": 0.14, "grid.color": _INK,
         "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.linewidth": 0.6,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False,
+        "legend.fontsize": 8,
     })
     return pyplot.subplots(rows, 1, figsize=(width, height), sharex=True, layout="constrained")
 
@@ -144,8 +151,8 @@ def _legend(axes, wanted: bool) -> None:
     handles, labels = axes.get_legend_handles_labels()
     shown = {label: handle for handle, label in zip(handles, labels, strict=True) if label and not label.startswith("_")}
     if wanted and len(shown) > 1:
-        axes.legend(shown.values(), shown.keys(), ncols=min(4, len(shown)), loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1,
-                    handlelength=1.4, columnspacing=1.2)
+        axes.legend(shown.values(), shown.keys(), ncols=min(4, len(shown)), loc="lower left", bbox_to_anchor=(0, 1.0),
+                    borderaxespad=0.1, handlelength=1.4, columnspacing=1.2)
 
 
 def _svg(figure) -> str:
@@ -153,7 +160,8 @@ def _svg(figure) -> str:
     from matplotlib import pyplot
 
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, dpi=110, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, dpi=110, metadata=nothing)
     pyplot.close(figure)
     svg = out.getvalue()
     svg = svg[svg.index("<svg"):].replace(_INK, "currentColor")

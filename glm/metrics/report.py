@@ -4,6 +4,7 @@ A run that is only partly done gives a page with what there is; what is not ther
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,15 @@ from glm.metrics.report_rl import rl_parts
 
 _MAX_LAYERS_SHOWN = 6
 _SAMPLES_SHOWN = 8
+_TRAINING_FIGURES = (  # metric, line kind, axis label, caption
+    ("validation/loss", "dots", "validation loss", "Loss on held-out text."),
+    ("train/lr", "line", "learning rate", "Learning rate."),
+    ("train/tokens", "steps", "tokens a step", "Batch size."),
+    ("train/grad_norm", "smooth", "gradient norm", "Gradient norm before clipping."),
+    ("train/tokens_per_second", "smooth", "tokens a second", "Throughput of all ranks."),
+    ("train/mtp_weight", "steps", "MTP weight", "Weight of the MTP loss."),
+    ("train/bias_update_rate", "steps", "bias update rate", "Step of the router bias."),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ def _stages(folder: RunFolder, metrics: RunMetrics) -> list[Stage]:
     if (folder.root / "stages").is_dir():
         names |= dict.fromkeys(sorted(path.name for path in (folder.root / "stages").iterdir() if path.is_dir()))
     order = list(names)
-    written = {name: folder.recipe(name).stat().st_mtime_ns if folder.recipe(name).exists() else float("inf") for name in order}
+    written = {name: folder.recipe(name).stat().st_mtime_ns if folder.recipe(name).exists() else math.inf for name in order}
     stages, end = [], 0.0
     for index, name in enumerate(sorted(order, key=lambda name: (written[name], order.index(name)))):
         recipe = json.loads(folder.recipe(name).read_text()) if folder.recipe(name).exists() else {}
@@ -93,14 +103,15 @@ def _subtitle(stages: list[Stage]) -> str:
     model = next((stage.recipe["model"] for stage in stages if stage.recipe.get("model")), None)
     if not model:
         return "The recipes of this run are not in its folder."
-    keys = (("num_layers", "layers"), ("hidden_size", "wide"), ("num_experts", "experts"), ("experts_per_token", "used per token"),
-            ("num_mtp_layers", "MTP layer"), ("vocab_size", "tokens in the vocabulary"))
+    keys = (("num_layers", "layers"), ("hidden_size", "wide"), ("num_experts", "experts"),
+            ("experts_per_token", "used per token"), ("num_mtp_layers", "MTP layer"), ("vocab_size", "tokens in the vocabulary"))
     return "Model: " + ", ".join(f"{model[key]} {words}" for key, words in keys if key in model) + "."
 
 
 def _facts(stages: list[Stage]) -> list[tuple[str, object]]:
     tokens = sum(stage.metrics.last("train/stage_tokens") or 0 for stage in stages)
-    facts = [("stages done", f"{sum(stage.done for stage in stages)} of {len(stages)}"), ("training tokens", short_count(tokens)),
+    facts = [("stages done", f"{sum(stage.done for stage in stages)} of {len(stages)}"),
+             ("training tokens", short_count(tokens)),
              ("time in stages", _duration(sum(stage.metrics.seconds for stage in stages)))]
     for stage in reversed(stages):
         if stage.is_training:
@@ -120,13 +131,20 @@ def _summary(stages: list[Stage]) -> str:
     for stage in stages:
         own, what = stage.metrics, "train/loss" if stage.is_training else "rl/reward"
         rows.append((
-            page.Raw(page.dot(stage.color) + page.text(stage.name)), stage.recipe.get("main", ""), stage.recipe.get("from") or "",
-            "done" if stage.done else "not finished", short_count(own.last("train/stage_tokens") or 0) if stage.is_training else "",
-            own.steps or "", _duration(own.seconds) if own.lines else "",
-            _number(own.first(what), ".3f"), _number(own.last(what), ".3f"), "loss" if stage.is_training else "reward" if own.having(what) else "",
+            page.Raw(page.dot(stage.color) + page.text(stage.name)),
+            stage.recipe.get("main", ""),
+            stage.recipe.get("from") or "",
+            "done" if stage.done else "not finished",
+            short_count(own.last("train/stage_tokens") or 0) if stage.is_training else "",
+            own.steps or "",
+            _duration(own.seconds) if own.lines else "",
+            _number(own.first(what), ".3f"),
+            _number(own.last(what), ".3f"),
+            what.split("/")[1] if own.having(what) else "",
             _number(own.last("validation/loss"), ".3f"),
         ))
-    return page.table(("stage", "main", "from", "state", "tokens", "steps", "time", "first", "last", "of", "validation"), rows)
+    headers = ("stage", "main", "from", "state", "tokens", "steps", "time", "first", "last", "of", "validation")
+    return page.table(headers, rows, words=4)
 
 
 def _training(stages: list[Stage]) -> list[str]:
@@ -146,20 +164,16 @@ def _training(stages: list[Stage]) -> list[str]:
                 lines.append(Curve(f"{words}{stage.name}".strip(), x, y, stage.color, kind))
         return curves(lines, x_label="run tokens", **options) if any(len(line.x) for line in lines) else ""
 
-    loss = plot(("train/loss", "smooth", ""), ("train/mtp_loss", "dashed", "_"), y_label="loss", height=2.6)
-    drawn = [
-        (loss, "Next-token loss (faint: every step) and, dashed, the loss of the MTP head. Colours are those of the table above.", True),
-        (plot(("validation/loss", "dots", ""), y_label="validation loss", legend=False), "Loss on held-out text.", False),
-        (plot(("train/lr", "line", ""), y_label="learning rate", legend=False), "Learning rate.", False),
-        (plot(("train/tokens", "steps", ""), y_label="tokens a step", legend=False), "Batch size.", False),
-        (plot(("train/grad_norm", "smooth", ""), y_label="gradient norm", log=True, legend=False), "Gradient norm before clipping.", False),
-        (plot(("train/tokens_per_second", "smooth", ""), y_label="tokens a second", legend=False), "Throughput of all ranks.", False),
-        (plot(("train/mtp_weight", "steps", ""), y_label="MTP weight", legend=False), "Weight of the MTP loss.", False),
-        (plot(("train/bias_update_rate", "steps", ""), y_label="bias update rate", legend=False), "Step of the router bias.", False),
-    ]
+    loss = plot(("train/loss", "smooth", ""), ("train/mtp_loss", "dashed", "_"), y_label="loss", wide=True)
+    drawn = [(loss, "Next-token loss (faint: every step) and, dashed, the MTP head. Colours as in the table above.", True)]
+    for name, kind, y_label, caption in _TRAINING_FIGURES:
+        svg = plot((name, kind, ""), y_label=y_label, legend=False, log=name == "train/grad_norm")
+        drawn.append((svg, caption, False))
     moved = [stage.name for stage in stages if stage.offset]
-    note = [page.sentence("Drawn behind the stage before, since their own token counts overlap: " + ", ".join(moved) + ".")] if moved else []
-    return [page.figures([page.figure(svg, caption, full) for svg, caption, full in drawn if svg]), *note]
+    shown = page.figures([page.figure(svg, caption, full) for svg, caption, full in drawn if svg])
+    if not moved:
+        return [shown]
+    return [shown, page.sentence(f"Drawn behind the stage before, since their own token counts overlap: {', '.join(moved)}.")]
 
 
 def _expert_load(stages: list[Stage]) -> list[str]:
@@ -175,7 +189,8 @@ def _expert_load(stages: list[Stage]) -> list[str]:
         over_time = np.stack(loads)  # [time, layer, expert], 1 is the even share
         layers = np.unique(np.linspace(0, over_time.shape[1] - 1, _MAX_LAYERS_SHOWN).round().astype(int))
         svg = heat_maps([(f"MoE layer {layer + 1}", over_time[:, layer]) for layer in layers], x, x_label="run tokens")
-        drawn.append(page.figure(svg, "Share of tokens of every expert, times the number of experts: white is even, red too much, blue too little.", True))
+        drawn.append(page.figure(
+            svg, "Share of tokens of an expert times the number of experts: white is even, red more, blue less.", True))
     for name, words in (("balance/max_over_mean", "busiest expert over the mean"), ("balance/bias_max", "largest router bias")):
         lines = [Curve(stage.name, *stage.on_run_tokens(name), stage.color) for stage in stages if stage.metrics.having(name)]
         if lines:
@@ -188,17 +203,21 @@ def _samples(folder: RunFolder, stages: list[Stage]) -> list[str]:
     for stage in stages:
         records = read_lines(folder.samples(stage.name)).records
         if records:
-            said = [page.dialogue(str(record.get("prompt", "")), str(record.get("reply", "")), "  ·  ".join(
-                f"{name} {record[name]:g}" if isinstance(record[name], float) else f"{name} {record[name]}"
-                for name in ("step", "task", "reward") if record.get(name) is not None)) for record in records[-_SAMPLES_SHOWN:]]
+            said = [_dialogue(record) for record in records[-_SAMPLES_SHOWN:]]
             parts.append((f"{stage.name}: last {len(said)} of {len(records)}", said))
     return [page.folded(title, *said, opened=index == len(parts) - 1) for index, (title, said) in enumerate(parts)] or [
         page.sentence("No stage has written sample dialogues yet.")]
 
 
+def _dialogue(record: dict) -> str:
+    remarks = [f"{name} {record[name]}" for name in ("step", "task", "reward") if record.get(name) is not None]
+    return page.dialogue(str(record.get("prompt", "")), str(record.get("reply", "")), "  ·  ".join(remarks))
+
+
 def _recipes(stages: list[Stage]) -> list[str]:
-    return [page.folded(stage.name, page.code(json.dumps(stage.recipe, indent=2, ensure_ascii=False))) for stage in stages if stage.recipe] or [
-        page.sentence("No resolved recipe is in this folder.")]
+    parts = [page.folded(stage.name, page.code(json.dumps(stage.recipe, indent=2, ensure_ascii=False)))
+             for stage in stages if stage.recipe]
+    return parts or [page.sentence("No resolved recipe is in this folder.")]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -207,4 +226,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{rest} s" if not minutes else f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -11,10 +11,11 @@ from glm.metrics.log import MetricLog
 MODEL = {"num_layers": 4, "hidden_size": 128, "num_experts": 8, "experts_per_token": 2, "num_mtp_layers": 1, "vocab_size": 2048}
 
 
-def write_training_stage(root: Path, stage: str, *, steps: int, first_token: int = 0, start_loss: float = 7.6, parent: str | None = None) -> int:
+def write_training_stage(root: Path, stage: str, *, steps: int, first_token: int = 0, start_loss: float = 7.6,
+                         parent: str | None = None) -> int:
     """A finished train stage of ``steps`` steps; returns the run tokens at its end."""
     folder, rng, tokens = RunFolder(root), random.Random(stage), first_token
-    write_json(folder.recipe(stage), {"name": "synthetic", "stage": stage, "main": "pretrain.train", "from": parent, "model": MODEL})
+    write_json(folder.recipe(stage), {"name": "synthetic", "main": "pretrain.train", "from": parent, "model": MODEL})
     with MetricLog(root, stage, total_steps=steps) as log:
         for step in range(1, steps + 1):
             batch = 1024 if step < steps // 2 else 2048
@@ -27,7 +28,8 @@ def write_training_stage(root: Path, stage: str, *, steps: int, first_token: int
                 "train/grad_norm": 1 + rng.expovariate(3), "train/tokens": batch, "train/run_tokens": tokens,
                 "train/stage_tokens": tokens - first_token, "train/mtp_weight": 0.3 if step < steps * 0.7 else 0.1,
                 "train/bias_update_rate": 1e-3, "train/tokens_per_second": 9000 + rng.gauss(0, 300), "train/step_seconds": 0.2,
-                "balance/max_over_mean": 8 * max(max(layer) for layer in loads), "balance/bias_max": 1e-3 * step, "balance/load": loads,
+                "balance/max_over_mean": 8 * max(max(layer) for layer in loads), "balance/bias_max": 1e-3 * step,
+                "balance/load": loads,
             })
             if step % max(1, steps // 4) == 0:
                 log.line(step, {"validation/loss": loss + 0.1})
@@ -37,16 +39,19 @@ def write_training_stage(root: Path, stage: str, *, steps: int, first_token: int
 
 def write_rl_stage(root: Path, stage: str = "rl_reasoning", *, steps: int = 40, finished: bool = True) -> None:
     folder, rng = RunFolder(root), random.Random(stage)
-    write_json(folder.recipe(stage), {"name": "synthetic", "stage": stage, "main": "posttrain.rl", "model": MODEL, "rl": {"max_logprob_difference": 1e-3}})
+    recipe = {"name": "synthetic", "main": "posttrain.rl", "model": MODEL, "rl": {"max_logprob_difference": 1e-3}}
+    write_json(folder.recipe(stage), recipe)
     with MetricLog(root, stage, total_steps=steps) as log:
         log.line(0, _evaluation("before", 0.243, 0.512))
         for step in range(1, steps + 1):
             reward = 0.25 + 0.4 * step / steps + rng.gauss(0, 0.03)
             log.line(step, {
-                "rl/reward": reward, "rl/reward/reverse": reward + 0.1, "rl/reward/add": reward - 0.1, "rl/response_tokens": 12 + step / 10,
-                "rl/acceptance_length": 2.6 + 0.2 * rng.random(), "rl/logprob_difference_mean": 1e-6 * (1 + rng.random()),
+                "rl/reward": reward, "rl/reward/reverse": reward + 0.1, "rl/reward/add": reward - 0.1,
+                "rl/response_tokens": 12 + step / 10, "rl/acceptance_length": 2.6 + 0.2 * rng.random(),
+                "rl/logprob_difference_mean": 1e-6 * (1 + rng.random()),
                 "rl/logprob_difference_max": 2e-5 * (1 + rng.random()), "rl/entropy": 0.47 - 0.25 * step / steps, "rl/groups": 24,
-                "rl/groups_dropped": rng.randint(4, 10), "rl/weight_version": step, "rl/rollout_seconds": 0.5 + 0.1 * rng.random(),
+                "rl/groups_dropped": rng.randint(4, 10), "rl/weight_version": step,
+                "rl/rollout_seconds": 0.5 + 0.1 * rng.random(),
                 "rl/train_seconds": 0.7, "rl/sync_seconds": 0.1, "rl/grad_norm": 0.4, "rl/mtp_loss": 0.7 - 0.3 * step / steps,
                 "rl/rollout_tokens_per_second": 3300 + rng.gauss(0, 100),
             })
@@ -55,7 +60,8 @@ def write_rl_stage(root: Path, stage: str = "rl_reasoning", *, steps: int = 40, 
             write_json(folder.done(stage), {"fingerprint": "1"})
     with folder.samples(stage).open("w", encoding="utf-8") as out:
         for step, reply, reward in ((1, "<think>c b a</think>\ncba", 1.0), (steps, "<script>alert('x')</script> ü", 0.0)):
-            out.write(json.dumps({"step": step, "prompt": "Reverse: abc", "reply": reply, "reward": reward, "task": "reverse"}) + "\n")
+            sample = {"step": step, "prompt": "Reverse: abc", "reply": reply, "reward": reward, "task": "reverse"}
+            out.write(json.dumps(sample) + "\n")
 
 
 def _evaluation(phase: str, sampled: float, greedy: float) -> dict:
