@@ -153,7 +153,7 @@ def test_the_checker_catches_a_planted_violation(path, source, words):
 
 
 @pytest.mark.parametrize(("path", "source"), [
-    ("glm/metrics/log.py", "from glm.checkpoint.run_folder import write_json\nfrom glm.recipe import units\nfrom . import console"),
+    ("glm/metrics/log.py", "from glm.checkpoint.run_folder import RunFolder\nfrom glm.recipe import units\nfrom . import read"),
     ("glm/recipe/schema.py", "from glm.recipe.sections import Model\nplatform: Literal['host', 'cuda']"),
     ("glm/inference/server.py", "platform: Literal['host', 'cuda']"),
     ("glm/platform/cuda.py", "import os\ntorch.cuda.set_device(os.environ['LOCAL_RANK'])"),

@@ -44,4 +44,5 @@ class WandbSink:
         self._run.log({"step": step, **flat})
 
     def close(self) -> None:
+        """Ends the run. wandb writes from a process of its own, so the last bytes may reach RUN/wandb a moment later."""
         self._run.finish()

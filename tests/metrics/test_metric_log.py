@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -153,8 +154,11 @@ def test_wandb_offline_writes_a_run_into_the_run_folder(tmp_path):
         for step in (1, 2):
             log.line(step, {"train/loss": 1.0 / step, "balance/load": [[0.5, 0.5]]})
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = run.read_bytes()
-    assert b"train/loss" in content and b"balance/load" not in content
+    until = time.monotonic() + 30  # wandb's own process may finish writing a moment after the run is closed
+    while b"train/loss" not in (content := run.read_bytes()):
+        assert time.monotonic() < until, f"only {content[:80]!r} was written"
+        time.sleep(0.05)
+    assert b"balance/load" not in content
 
 
 def test_a_missing_wandb_is_a_platform_error_that_says_what_to_install(tmp_path):
