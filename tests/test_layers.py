@@ -25,6 +25,7 @@ LAYERS = (
     ("glm.train",),
     ("glm.rl",),
     ("glm.launch",),
+    ("glm.doctor", "glm.show"),
     ("glm.rank", "glm.cli"),
     ("pretrain", "midtrain", "posttrain", "tools"),
 )
@@ -52,6 +53,8 @@ def violations(path: str, source: str) -> list[str]:
         found.append(f"{path}:{MOST_LINES}: longer than {MOST_LINES} lines")
     tree = ast.parse(source, filename=path)
     if path.startswith(SOURCES):
+        if path != "glm/__init__.py" and not _package(_dotted(path)):
+            found.append(f"{path}:1: belongs to no layer: name its package in LAYERS")
         allowed_words = {id(word) for node in ast.walk(tree) if _is_literal_type(node) for word in ast.walk(node)}
         for node in ast.walk(tree):
             words = [*_import_faults(path, node), *_device_faults(path, node, allowed_words), *_except_faults(node)]
@@ -60,7 +63,7 @@ def violations(path: str, source: str) -> list[str]:
 
 
 def _import_faults(path: str, node: ast.AST):
-    own = _package(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    own = _package(_dotted(path))
     for name in _imported(path, node):
         other, top = _package(name), name.split(".")[0]
         if other and own and other != own and LAYER_OF[other] >= LAYER_OF[own]:
@@ -85,6 +88,10 @@ def _imported(path: str, node: ast.AST) -> list[str]:
             start = ".".join([*above, *([start] if start else [])])
         return [f"{start}.{alias.name}" for alias in node.names]
     return []
+
+
+def _dotted(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def _package(name: str) -> str | None:
@@ -144,6 +151,7 @@ def test_the_source_keeps_its_layers():
     ("glm/train/step.py", "from os import environ", "environment"),
     ("glm/train/step.py", "try:\n    f()\nexcept:\n    raise", "bare except"),
     ("glm/train/step.py", "try:\n    f()\nexcept Exception:\n    pass", "does not raise again"),
+    ("glm/newcomer.py", "", "belongs to no layer"),
     ("glm/data/utils.py", "", "has no subject"),
     ("tests/data/test_x.py", "\n" * 451, "longer than"),
 ])
