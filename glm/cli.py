@@ -9,7 +9,7 @@ from glm.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 fine, 1 something required is wrong (doctor), 2 a mistake told on stderr, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     try:
         return options.verb(options) or 0
     except UserError as problem:
@@ -21,6 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:    # `glm show … | head` closed the pipe: nobody is left to tell
         sys.stderr.close()
         return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes positional words only in one piece; here ``RUNFILE --dry-run KEY=VALUE`` is as good as any order."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or rest and not hasattr(options, "words"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.words = [*options.words, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

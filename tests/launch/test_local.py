@@ -1,0 +1,157 @@
+"""Real processes: ranks that end, fail, hang, and a launcher that is killed. No process may be left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from glm.errors import PlatformError
+from glm.launch.local import Interrupted, run_ranks
+
+ROOT = Path(__file__).parents[2]
+LIFETIME = ROOT / "glm" / "platform" / "lifetime.py"
+START = """
+import importlib.util, os, pathlib, signal, subprocess, sys, time
+spec = importlib.util.spec_from_file_location("lifetime", LIFETIME)    # alone: its package would import torch
+lifetime = importlib.util.module_from_spec(spec); spec.loader.exec_module(lifetime); lifetime.die_with_parent()
+rank, here = os.environ["RANK"], pathlib.Path(HERE)
+def put(name, text):
+    (here / f".{name}").write_text(str(text)); (here / f".{name}").rename(here / name)
+def wait_for(*names):
+    while not all((here / name).exists() for name in names): time.sleep(0.02)
+put(f"pid_{rank}", os.getpid())
+"""
+
+
+def rank_program(folder: Path, body: str) -> list[str]:
+    """The command of a rank that writes its process id to pid_RANK and then runs ``body``."""
+    program = folder / "program.py"
+    program.write_text(f"LIFETIME, HERE = {str(LIFETIME)!r}, {str(folder)!r}\n{START}{textwrap.dedent(body)}")
+    return [sys.executable, str(program)]
+
+
+def pids(folder: Path, count: int, seconds: float = 20) -> list[int]:
+    """Process ids of the ranks, once all have started."""
+    files = [folder / f"pid_{rank}" for rank in range(count)]
+    deadline = time.monotonic() + seconds
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.02)
+    return [int(file.read_text()) for file in files]
+
+
+def alive(pid: int) -> bool:
+    """Running: neither gone nor a zombie nobody has reaped yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_gone(processes: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(alive, processes)):
+        assert time.monotonic() < deadline, f"still running: {[pid for pid in processes if alive(pid)]}"
+        time.sleep(0.02)
+
+
+def launcher(folder: Path, command: list[str], world_size: int = 2) -> subprocess.Popen:
+    """A process of its own that runs the ranks, to be killed."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom glm.launch.local import Interrupted, run_ranks\n"
+        f"try: run_ranks({command!r}, {world_size}, Path({str(folder)!r}), stage='s')\nexcept Interrupted: sys.exit(130)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_every_rank_gets_the_variables_of_torchrun_and_its_own_log(tmp_path, capfd):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
+    command = rank_program(tmp_path, f"print(*[os.environ[name] for name in {names!r}], int(os.environ['MASTER_PORT']) > 0)")
+    run_ranks(command, 3, tmp_path, stage="s", threads_per_rank=2)
+    assert capfd.readouterr().out == "0 0 3 127.0.0.1 2 True\n", "rank 0 writes to the terminal"
+    assert [(tmp_path / f"rank_{rank}.log").read_text() for rank in (1, 2)] == ["1 1 3 127.0.0.1 2 True\n", "2 2 3 127.0.0.1 2 True\n"]
+
+
+def test_a_rank_that_fails_stops_the_others_and_is_named_with_its_last_words(tmp_path):
+    command = rank_program(tmp_path, """
+        wait_for("pid_0", "pid_1")
+        if rank == "1":
+            print("early"); sys.exit("the reason")
+        time.sleep(60)
+    """)
+    started = time.monotonic()
+    with pytest.raises(PlatformError) as caught:
+        run_ranks(command, 2, tmp_path, stage="pretrain_general")
+    assert time.monotonic() - started < 10
+    assert caught.value.where == "stage pretrain_general, rank 1" and "exited with code 1" in caught.value.found
+    assert "| early" in caught.value.todo and "| the reason" in caught.value.todo and "rank_1.log" in caught.value.todo
+    assert_gone(pids(tmp_path, 2), 0.5)
+
+
+def test_a_killed_rank_is_named_with_its_signal_and_one_that_ignores_sigterm_goes_too(tmp_path):
+    command = rank_program(tmp_path, """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        wait_for("pid_0", "pid_1")
+        if rank == "1": os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    """)
+    started = time.monotonic()
+    with pytest.raises(PlatformError) as caught:
+        run_ranks(command, 2, tmp_path, stage="s")
+    assert "rank 1" in caught.value.where and "killed by SIGKILL" in caught.value.found and time.monotonic() - started < 12
+    assert_gone(pids(tmp_path, 2), 0.5)
+
+
+def test_the_children_of_a_stopped_rank_are_stopped_with_it(tmp_path):
+    command = rank_program(tmp_path, """
+        if rank == "0":
+            child = subprocess.Popen(["sleep", "60"])
+            put("child", child.pid)
+            time.sleep(60)
+        wait_for("child")
+        sys.exit(3)
+    """)
+    with pytest.raises(PlatformError, match="code 3"):
+        run_ranks(command, 2, tmp_path, stage="s")
+    assert_gone([int((tmp_path / "child").read_text())], 2)
+
+
+def test_ranks_die_when_the_launcher_is_killed(tmp_path):
+    process = launcher(tmp_path, rank_program(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"))
+    started = pids(tmp_path, 2)
+    assert all(map(alive, started))
+    process.kill()
+    process.wait()
+    assert_gone(started, 3)
+
+
+def test_a_rank_whose_launcher_died_before_it_could_ask_dies_at_once(tmp_path):
+    command = rank_program(tmp_path, "time.sleep(60)")
+    process = subprocess.Popen(command, env=os.environ | {"RANK": "0", "GLM_PARENT_PID": "1"})
+    assert process.wait(timeout=20) == -signal.SIGKILL and not (tmp_path / "pid_0").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_the_ranks_and_is_waited_for(tmp_path, number):
+    command = rank_program(tmp_path, """
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(0.3); put(f"saved_{rank}", ""); sys.exit(130)
+    """)
+    process = launcher(tmp_path, command)
+    started = pids(tmp_path, 2)
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(timeout=15) == 130
+    assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists(), "the ranks had time to end by themselves"
+    assert_gone(started, 0.5)
+
+
+def test_interrupted_is_not_a_users_mistake():
+    assert not issubclass(Interrupted, ValueError)

@@ -1,0 +1,136 @@
+"""``glm run`` over a folder: what is skipped, what is refused, what is written. The ranks are real, their work is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm.checkpoint.run_folder import RunFolder
+from glm.errors import PlatformError, RecipeError
+from glm.launch.cluster import command_line, run_on_cluster
+from glm.launch.stages import lock, run_stages
+from glm.recipe.compose import load_recipe, load_run
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "glm45" / "tiny.yaml"
+WORK = "import json, os, sys; recipe = json.load(open(sys.argv[1])); " \
+       "open(os.path.join(recipe['run_folder'], 'log'), 'a').write(recipe['stage'] + os.environ['RANK'] + ' ')"
+
+
+class Runs:
+    """The same run file, again and again in one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.said, self.program = RunFolder(folder), [], WORK
+
+    def __call__(self, stages: str = "", *overrides: str) -> list[str]:
+        """Runs, and returns what ranks did: ``["tokenizer0", ...]``."""
+        run = load_run(TINY, [f"run_folder={self.folder.root}", *overrides])
+        log = self.folder.root / "log"
+        log.unlink(missing_ok=True)
+        run_stages(run, stages.split(), say=self.said.append, command=lambda recipe: [sys.executable, "-c", self.program, str(recipe)])
+        return log.read_text().split() if log.exists() else []
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path / "run")
+
+
+def test_stages_run_once_in_order_on_their_ranks_and_are_skipped_afterwards(runs):
+    did = runs("pretrain_general tokenizer")
+    assert did[0] == "tokenizer0" and sorted(did[1:]) == ["pretrain_general0", "pretrain_general1"]
+    done = json.loads(runs.folder.done("pretrain_general").read_text())
+    assert done["fingerprint"] == load_run(TINY).fingerprints()["pretrain_general"] and done["seconds"] >= 0
+    assert load_recipe(runs.folder.recipe("pretrain_general")).run_folder == str(runs.folder.root)
+    assert sorted(runs("tokenizer pretrain_general pretrain_code_reasoning")) == ["pretrain_code_reasoning0", "pretrain_code_reasoning1"]
+    assert "tokenizer: done before, skipped" in runs.said
+    assert runs("tokenizer", "logging.every_steps=9", "checkpoint.keep=1") == []
+
+
+def test_a_stage_made_with_another_recipe_is_refused_before_anything_runs(runs):
+    runs("tokenizer pretrain_general")
+    with pytest.raises(RecipeError) as caught:
+        runs("", "pretrain_general.schedule.peak_lr=1e-3", "pretrain_general.tokens=8192")
+    assert "schedule.peak_lr: 0.006 -> 0.001\n            tokens: 921600 -> 8192" in caught.value.found
+    assert "run_folder=PATH" in caught.value.todo and f"rm -r {runs.folder.stage('pretrain_general')}" in caught.value.todo
+    assert not (runs.folder.root / "log").exists()
+
+
+def test_a_stage_that_broke_off_continues_with_the_same_recipe_only(runs):
+    runs.program = "raise SystemExit(7)"
+    with pytest.raises(PlatformError, match="rank 0\n.*code 7"):
+        runs("tokenizer")
+    assert not runs.folder.done("tokenizer").exists()
+    runs.program = WORK
+    with pytest.raises(RecipeError, match="tokenizer.sample_bytes: 8000000 -> 1000000"):
+        runs("tokenizer", "tokenizer.tokenizer.sample_bytes=1M")
+    assert runs("tokenizer") == ["tokenizer0"]
+
+
+def test_a_child_of_a_parent_that_was_made_anew_with_another_recipe_is_refused(runs):
+    runs("tokenizer pretrain_general")
+    subprocess.run(["rm", "-r", runs.folder.stage("tokenizer")], check=True)
+    runs("tokenizer", "tokenizer.tokenizer.sample_bytes=1M")
+    with pytest.raises(RecipeError) as caught:
+        runs("pretrain_general", "tokenizer.tokenizer.sample_bytes=1M")
+    assert "nothing of its own, but of tokenizer" in caught.value.found
+
+
+def test_a_stage_without_its_parent_says_which_one_is_missing(runs):
+    runs("tokenizer")
+    with pytest.raises(RecipeError) as caught:
+        runs("midtrain_repo_code")
+    assert caught.value.found == "pretrain_code_reasoning is not done"
+
+
+def test_an_unknown_stage_is_named_with_the_nearest(runs):
+    with pytest.raises(RecipeError, match="did you mean `rl_reasoning`"):
+        runs("rl_reasonin")
+
+
+def test_a_done_file_that_is_torn_is_told(runs):
+    runs("tokenizer")
+    runs.folder.done("tokenizer").write_text('{"fing')
+    with pytest.raises(RecipeError, match="not whole"):
+        runs("tokenizer")
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(runs):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pathlib import Path; from glm.launch.stages import lock\n"
+         "with lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(runs.folder.root)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(PlatformError, match=f"in use by another `glm run` .process {holder.pid}"):
+        runs("tokenizer")
+    holder.kill()
+    holder.communicate()
+    assert runs("tokenizer") == ["tokenizer0"]
+    with lock(runs.folder.root), pytest.raises(PlatformError):
+        with lock(runs.folder.root):
+            pass
+
+
+def test_a_cluster_stage_is_started_by_srun_inside_an_allocation_only(tmp_path, monkeypatch, capfd):
+    recipe = load_run(ROOT / "configs" / "glm45" / "air.yaml").stages["pretrain_general"]
+    line = command_line(recipe, Path("r.json"))
+    assert "srun --nodes=32 --ntasks-per-node=1" in line and "--nproc-per-node=8" in line and line.endswith("-m glm.rank r.json")
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(PlatformError, match="sbatch --nodes=32 --gpus-per-node=8"):
+        run_on_cluster(recipe, Path("r.json"))
+    for name, body in (("srun", 'echo "$@"; exit $CODE'), ("scontrol", "echo first; echo second")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("CODE", "0")
+    run_on_cluster(recipe, Path("r.json"))
+    assert "--rdzv-endpoint=first:29500" in capfd.readouterr().out
+    monkeypatch.setenv("CODE", "4")
+    with pytest.raises(PlatformError, match="srun ended with code 4"):
+        run_on_cluster(recipe, Path("r.json"))

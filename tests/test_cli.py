@@ -1,0 +1,155 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from glm.doctor import GIB, enough, judge_package
+from glm.platform.versions import BREAKS, OPTIONAL, PINNED, PLATFORM_TORCH
+
+ROOT = Path(__file__).parents[1]
+TINY = "configs/glm45/tiny.yaml"
+VERBS = ("run", "show", "check", "chat", "doctor", "report")
+
+
+def glm(*words: str, seconds: float = 60) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "glm.cli", *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}, capture_output=True,
+        text=True, timeout=seconds, check=False,
+    )
+
+
+def lines(done: subprocess.CompletedProcess) -> list[dict]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_importing_the_command_line_takes_a_tenth_of_a_second_and_help_half_of_one():
+    timer = "import time; start = time.perf_counter(); import glm.cli; print(time.perf_counter() - start)"
+    imports = [float(subprocess.run([sys.executable, "-c", timer], cwd=ROOT, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    assert min(imports) < 0.1
+    helps = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert glm("--help").returncode == 0
+        helps.append(time.perf_counter() - started)
+    assert min(helps) < 0.5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb):
+    done = glm(verb, "--help")
+    assert done.returncode == 0 and f"example: glm {verb}" in done.stdout
+    assert verb in glm("--help").stdout
+
+
+def test_recipes_and_launcher_do_not_import_torch():
+    code = "import sys, glm.show, glm.launch.stages, glm.launch.local, glm.train.plan, glm.recipe.mixture; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("words", [
+    ("run", "configs/glm45/tinny.yaml"), ("show", TINY, "pretrain_generel"), ("check", TINY, "sed=1"), ("run", TINY, "seed"), ("show", TINY),
+])
+def test_a_users_mistake_is_told_without_a_traceback_and_exits_2(words):
+    done = glm(*words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+    assert all(part in done.stderr for part in ("found:", "expected:", "to do:"))
+
+
+def test_show_prints_each_value_with_its_origin():
+    done = glm("show", TINY, "pretrain_general", "schedule.peak_lr=1e-3")
+    assert re.search(r"schedule\.peak_lr\W+0\.001\W+command line", done.stdout)
+    assert re.search(r"losses\.mtp_weight\W+0\.3\W+configs/glm45/stage/pretrain_general\.yaml:\d+", done.stdout)
+    assert re.search(r"optimizer\.clip_grad\W+1\.0\W+default", done.stdout)
+    rows = {row["key"]: row for row in lines(glm("show", TINY, "rl_reasoning", "--json"))}
+    assert rows["optimizer.frozen"]["value"] == ["embedding", "output", "router"] and rows["rl.steps"]["origin"].startswith(TINY)
+
+
+def test_the_schedule_of_the_large_run_is_the_paper_s():
+    rows = lines(glm("show", "configs/glm45/355b.yaml", "--schedule", "--json"))
+    by_stage = {}
+    for row in rows:
+        by_stage.setdefault(row["stage"], []).append(row)
+    first, last = by_stage["pretrain_general"][0], by_stage["midtrain_long_context"][-1]
+    assert abs(first["batch_tokens"] - 16e6) < 1e6 and abs(last["batch_tokens"] - 64e6) < 2e6 and last["lr"] == pytest.approx(2.5e-5)
+    assert [rows[0]["sequence_length"] for rows in by_stage.values()][:5] == [4096, 4096, 32768, 32768, 131072]
+    assert "bias rate" in glm("show", TINY, "--schedule").stdout
+
+
+def test_check_without_a_name_checks_every_run_file():
+    summaries = {row["run"]: row for row in lines(glm("check", "--json"))}
+    assert set(summaries) == {"tiny", "air", "355b"}
+    assert summaries["355b"]["parameters"] == 356_785_884_416 and summaries["air"]["kv_bytes_per_token"] == 184 * 1024
+    general = next(stage for stage in summaries["air"]["stages"] if stage["stage"] == "pretrain_general")
+    assert general["tokens"] == 15 * 10**12 == sum(general["tokens_per_source"].values()) and general["steps"] > 200_000
+    assert "2,284,864 parameters" in glm("check", TINY).stdout
+
+
+def test_check_reads_all_files_and_names_every_wrong_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text("model: m\n")
+    done = glm("check", str(tmp_path / "one.yaml"), TINY, str(tmp_path / "two.yaml"))
+    assert done.returncode == 2 and "one.yaml" in done.stderr and "two.yaml" in done.stderr and "tiny" in done.stdout
+
+
+def test_dry_run_prints_one_torchrun_line_a_stage_and_writes_nothing(tmp_path):
+    done = glm("run", TINY, "--dry-run", f"run_folder={tmp_path / 'r'}")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 10 and not (tmp_path / "r").exists()
+    assert f"torchrun --nnodes=1 --nproc-per-node=2 -m glm.rank {tmp_path}/r/stages/rl_reasoning/recipe.json" in done.stdout
+
+
+def test_options_and_words_come_in_any_order_and_an_unknown_option_is_refused():
+    first, second = (glm("show", *words) for words in ((TINY, "--json", "chat", "seed=3"), (TINY, "chat", "seed=3", "--json")))
+    assert first.stdout == second.stdout and '"value": 3' in first.stdout
+    assert "unrecognized arguments: --jsn" in glm("show", TINY, "chat", "--jsn").stderr
+    assert "unrecognized arguments: b" in glm("report", "a", "b").stderr
+
+
+def test_every_stage_of_the_tiny_run_has_an_executable_script_that_names_it():
+    scripts = [path for folder in ("pretrain", "midtrain", "posttrain") for path in (ROOT / folder).glob("*.sh")]
+    stages = []
+    for script in scripts:
+        assert os.access(script, os.X_OK), script
+        stages += re.findall(r'exec glm run "\$\{1:-configs/glm45/tiny.yaml\}" (\w+) "\$\{@:2\}"', script.read_text())
+    from glm.recipe.compose import load_run
+
+    assert sorted(stages) == sorted(load_run(ROOT / TINY).stages)
+
+
+def test_doctor_finds_nothing_required_wrong_here():
+    findings = {row["subject"]: row for row in lines(glm("doctor", "--json"))}
+    assert {"Python", "torch", "device", "memory", "/dev/shm", "cores", "disk here"} <= set(findings)
+    assert "torch" in glm("doctor").stdout
+
+
+def test_doctor_judges_packages_and_space():
+    assert judge_package("rich", "1.0", "1.0+local", (), "tables", False).state == "fine"
+    assert judge_package("rich", "1.0", "1.1", ("1.1",), "tables", False).state == "fine"
+    other = judge_package("rich", "1.0", "2.0", (), "tables", False)
+    assert other.state == "note" and "2.0 (pinned: 1.0)" in other.found and "tables" in other.breaks
+    assert judge_package("rich", "1.0", None, (), "tables", False).state == "wrong"
+    assert judge_package("rich", "1.0", None, (), "tables", True).state == "note"
+    assert enough("disk", 3 * GIB, 5 * GIB, "checkpoints").state == "wrong" and enough("disk", 6 * GIB, 5 * GIB, "").state == "fine"
+    assert enough("memory", None, GIB, "").state == "note"
+
+
+def test_pinned_versions_are_those_that_are_installed_by_make_setup():
+    required = {}
+    for name in ("host.txt", "host-no-deps.txt"):
+        for name_, version in re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==([\w.]+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE):
+            required[name_.lower()] = version
+    assert {name: required.get(name.lower()) for name in PINNED} == PINNED
+    assert set(BREAKS) == set(PINNED) and OPTIONAL <= set(PINNED)
+    assert PLATFORM_TORCH["cuda"] in (ROOT / "requirements" / "cuda.txt").read_text()
+
+
+def test_report_of_a_folder_that_is_no_run_is_a_users_mistake(tmp_path):
+    done = glm("report", str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
