@@ -40,14 +40,16 @@ def main(recipe: TokenizerRecipe) -> None:
     folder = RunFolder(Path(recipe.run_folder))
     start = time.perf_counter()
     draft = folder.tokenizer.with_name(f".tokenizer.{os.getpid()}.tmp")
+    former = draft.with_suffix(".old")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         train_tokenizer(
             sample_texts(recipe.data, recipe.tokenizer.sample_bytes, recipe.seed), recipe.tokenizer.vocab_size, draft
         )
-        if folder.tokenizer.exists():
-            shutil.rmtree(folder.tokenizer)
+        if folder.tokenizer.exists():  # a folder is not replaced in one step, so no half-deleted one stands there meanwhile
+            folder.tokenizer.replace(former)
         draft.replace(folder.tokenizer)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
     print(f"{recipe.stage}: {recipe.tokenizer.vocab_size} tokens, {time.perf_counter() - start:.1f} s", flush=True)

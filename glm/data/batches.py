@@ -61,8 +61,9 @@ class Batches:
             epochs = self._training[name].epochs(rows) if limit is not None else 0.0
             if limit is not None and epochs > limit + EPOCH_SLACK:
                 raise DataError(
-                    f"source {name} of mixture {self._recipe.data.mixture}", f"{epochs:.2f} epochs in {self._recipe.tokens} tokens",
-                    f"at most {limit:g}", "lower its share or the stage's tokens, or give more documents",
+                    f"source {name} of mixture {self._recipe.data.mixture}",
+                    f"{epochs:.2f} epochs in {self._recipe.tokens} tokens", f"at most {limit:g}",
+                    "lower its share or the stage's tokens, or give more documents",
                 )
 
     def rows(self, first: int, count: int) -> list[Row]:

@@ -156,11 +156,13 @@ def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
             for batch in table.iter_batches(batch_size=1024, columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
-                        raise DataError(f"{file}, row {row}", f'"text" is a {type(text).__name__}', expected, "correct or remove the row")
+                        found = f'"text" is a {type(text).__name__}'
+                        raise DataError(f"{file}, row {row}", found, expected, "correct or remove the row")
                     yield f"{file}, row {row}", text
                     row += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file}, row {row}", f"broken parquet: {error}", expected, "write the file again or remove it") from error
+            todo = "write the file again or remove it"
+            raise DataError(f"{file}, after row {row}", f"broken parquet: {error}", expected, todo) from error
 
 
 def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) -> str:

@@ -1,7 +1,8 @@
 """Tokenizes what a stage's mixture reads into RUN/data, once: a corpus that is there and whole is not made again.
 
 A corpus is named by what decides its contents (tokenizer, documents, problems, seed), so stages share it, and a changed
-input makes a new one beside the old. RUN/data/STAGE.json says which one each source of the stage reads, report.json what is in them.
+input makes a new one beside the old. RUN/data/STAGE.json says which one each source of the stage reads, report.json how
+many documents and tokens they have.
 """
 
 import hashlib

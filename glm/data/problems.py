@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 LETTERS = "abcdefghijkl"
 HELD_OUT_MODULUS = 8
+DRAWS_FOR_A_NEW_ONE = 1000
+"""After so many held-out problems that were all seen before, a task is taken to have no more."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ _TASKS: dict[str, tuple[Callable[[random.Random], _Draft], tuple[str, ...]]] = {
     "reverse": (_reverse, ("Reverse: {letters}", "Write backwards: {letters}", "Say {letters} from the end.")),
     "sort": (_sort, ("Sort the digits: {digits}", "Put in order: {digits}", "Order {digits} from small to large.")),
     "upper": (_upper, ("In capitals: {letters}", "Make upper case: {letters}", "Write {letters} in capitals.")),
-    "count": (_count, ("Count {letter} in: {letters}", "How many {letter} are in {letters}?", "How often is {letter} in {letters}?")),
+    "count": (_count, (
+        "Count {letter} in: {letters}", "How many {letter} are in {letters}?", "How often is {letter} in {letters}?",
+    )),
     "largest": (_largest, ("Largest digit: {digits}", "Which digit of {digits} is largest?", "Find the largest of {digits}.")),
     "add": (_add, ("Add: {sum}", "What is {sum}?", "Work out {sum}.")),
     "ends": (_ends, ("First and last: {letters}", "First and last letter of {letters}?", "How does {letters} begin and end?")),
@@ -164,7 +168,7 @@ def held_out_problems(tasks: Iterable[str], count: int, seed: int) -> list[Probl
     next_index = dict.fromkeys(tasks, 0)
     for i in range(count):
         task = tasks[i % len(tasks)]
-        for index in range(next_index[task], next_index[task] + 10_000):
+        for index in range(next_index[task], next_index[task] + DRAWS_FOR_A_NEW_ONE):
             candidate, key = _draw_where(task, index, seed, held_out=True)
             if key not in seen:
                 break

@@ -140,7 +140,8 @@ def _assistant_segments(message: dict, keeps_reasoning: bool, generated_think: b
         segments.append(Segment("\n" + content, learned=learned))
     for call in message.get("tool_calls") or []:
         call = call.get("function") or call
-        segments += [Segment("\n", learned=learned), Segment(TOOL_CALL, True, learned), Segment(call["name"] + "\n", learned=learned)]
+        segments += [Segment("\n", learned=learned), Segment(TOOL_CALL, True, learned)]
+        segments += [Segment(call["name"] + "\n", learned=learned)]
         for key, value in call["arguments"].items():
             value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             segments += [

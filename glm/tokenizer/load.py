@@ -23,7 +23,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """Raises DataError if the folder is missing, unreadable, or lacks a control token."""
     from transformers import PreTrainedTokenizerFast
 
-    expected, todo = "a tokenizer folder with GLM's control tokens", "run the tokenizer stage, or delete the folder and run it again"
+    expected = "a tokenizer folder with GLM's control tokens"
+    todo = "run the tokenizer stage, or delete the folder and run it again"
     if not (Path(folder) / "tokenizer.json").is_file():
         raise DataError(str(folder), "no tokenizer.json", expected, todo)
     try:

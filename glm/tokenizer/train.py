@@ -31,7 +31,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_sentencepiece(texts: Iterable[str], num_pieces: int) -> bytes:
-    """The serialised sentencepiece model with exactly ``num_pieces`` pieces. Raises DataError if the text is too little for that."""
+    """The serialised sentencepiece model with exactly ``num_pieces`` pieces. Raises DataError if the text is too little."""
     import sentencepiece
 
     model = io.BytesIO()

@@ -1,0 +1,140 @@
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from glm.data.documents import CORPORA, TEXT_CORPORA, corpus_fingerprint, documents
+from glm.data.python_corpus import dependency_order, repository_text
+from glm.errors import DataError
+
+
+def read(path, corpus="prose"):
+    return list(documents(corpus, str(path), 10, 0))
+
+
+@pytest.mark.parametrize("corpus", TEXT_CORPORA)
+def test_the_python_installation_gives_the_same_documents_every_time_up_to_the_limit(corpus):
+    first = list(documents(corpus, None, 10, 0, limit_bytes=300_000))
+    assert first == list(documents(corpus, None, 10, 0, limit_bytes=300_000))
+    assert 300_000 <= sum(len(text.encode()) for _, text in first) < 1_500_000
+    assert len({name for name, _ in first}) == len(first)
+
+
+def test_code_and_repositories_share_no_file():
+    modules = {name for name, _ in documents("code", None, 1, 0)}
+    text = "".join(text for _, text in documents("repositories", None, 1, 0))
+    files = [line.removeprefix("# file: ") for line in text.split("\n") if line.startswith("# file: ")]
+    assert len(modules) > 50 and len(files) > 50 and len(set(files)) == len(files)
+    assert not modules & set(files)
+
+
+def test_a_repository_lists_imported_files_before_their_importers():
+    sources = {
+        "p/__init__.py": "from p.main import run\n", "p/main.py": "from . import low\nimport p.mid\n",
+        "p/mid.py": "from .low import x\n", "p/low.py": "x = 1\n",
+    }
+    assert dependency_order(sources) == ["p/low.py", "p/mid.py", "p/main.py", "p/__init__.py"]
+    text = repository_text(sources)
+    assert text.index("# file: p/low.py") < text.index("# file: p/mid.py")
+
+
+def test_a_circle_of_imports_is_cut():
+    assert sorted(dependency_order({"p/a.py": "import p.b\n", "p/b.py": "import p.a\n"})) == ["p/a.py", "p/b.py"]
+
+
+def test_the_users_folder_replaces_the_text_corpora_but_not_the_problems(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth", "id": 1}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["fifth", "sixth"], "n": [1, 2]}), tmp_path / "d.parquet")
+    for corpus in TEXT_CORPORA:
+        assert sorted(text for _, text in read(tmp_path, corpus)) == ["fifth", "first", "fourth", "second", "sixth", "third"]
+    assert len(read(tmp_path, "problems")) == 10
+
+
+def test_a_single_file_may_be_given(tmp_path):
+    (tmp_path / "a.book").write_text("any suffix")
+    assert [text for _, text in read(tmp_path / "a.book")] == ["any suffix"]
+
+
+def check_error(path, *parts):
+    with pytest.raises(DataError) as caught:
+        read(path)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_a_missing_path_is_named(tmp_path):
+    check_error(tmp_path / "nowhere", "nowhere", "no such file or folder")
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    check_error(tmp_path, str(tmp_path), "an empty folder", "put text there")
+
+
+def test_a_folder_without_text_says_what_it_has(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"1")
+    check_error(tmp_path, ".png", ".parquet")
+
+
+def test_undecodable_files_are_counted_and_the_first_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt").write_bytes("one\ntwo \xe9".encode("latin-1"))
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    check_error(tmp_path, "b.txt, line 2", "0xe9", "2 of 3 files")
+
+
+@pytest.mark.parametrize("line, parts", [
+    ('{"content": "x"}', ["line 2", "keys content", '"text"']),
+    ('{"text": 3}', ["line 2", "a int"]),
+    ("[1]", ["line 2", "a list"]),
+    ('{"text": "x"', ["line 2", "not JSON"]),
+    ('{"text": "\\ud800"}', ["line 2", "not Unicode"]),
+])
+def test_a_bad_line_of_jsonl_is_named(tmp_path, line, parts):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "good"}) + "\n" + line + "\n")
+    check_error(tmp_path, "a.jsonl", *parts)
+
+
+def test_parquet_without_the_column_lists_the_columns(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "url": ["y"]}), tmp_path / "a.parquet")
+    check_error(tmp_path, "a.parquet", "columns body, url", '"text"')
+
+
+def test_parquet_with_a_null_names_the_row(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
+    check_error(tmp_path, "a.parquet, row 1", "NoneType")
+
+
+def test_broken_parquet_is_an_error(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+    check_error(tmp_path, "a.parquet", "not readable as parquet")
+
+
+def test_parquet_broken_in_its_middle_is_an_error(tmp_path):
+    table = pyarrow.table({"text": [f"row {i} " * 50 for i in range(3000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500, compression="snappy")
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    raw[len(raw) // 3 : len(raw) // 2] = b"\xff" * (len(raw) // 2 - len(raw) // 3)
+    (tmp_path / "a.parquet").write_bytes(raw)
+    check_error(tmp_path, "a.parquet")
+
+
+def test_an_unknown_corpus_lists_the_known_ones():
+    with pytest.raises(DataError, match="prose, code, repositories, problems, dialogues"):
+        list(documents("poems", None, 1, 0))
+
+
+def test_the_fingerprint_follows_the_files_and_the_problems(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    first = corpus_fingerprint("prose", str(tmp_path), 10, 0)
+    assert first == corpus_fingerprint("prose", str(tmp_path), 10, 0)
+    (tmp_path / "a.txt").write_text("other")
+    assert first != corpus_fingerprint("prose", str(tmp_path), 10, 0)
+    others = {corpus_fingerprint("problems", None, count, seed) for count in (10, 20) for seed in (0, 1)}
+    assert len(others) == 4
+    assert len({corpus_fingerprint(corpus, None, 10, 0) for corpus in CORPORA}) == len(CORPORA)
