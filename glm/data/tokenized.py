@@ -49,6 +49,8 @@ def write_corpus(folder: Path, name: str, documents: Iterable[tuple[list[int], l
     """
     folder.mkdir(parents=True, exist_ok=True)
     kind = np.uint16 if vocab_size <= 2**16 else np.uint32
+    for left_by_a_killed_process in folder.glob(f".{name}.*.tmp"):
+        left_by_a_killed_process.unlink()
     drafts = {suffix: folder / f".{name}.{os.getpid()}{suffix}.tmp" for suffix in (".bin", ".mask", ".idx")}
     offsets, held_out = [0], []
     masked = False

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm.data.batches import Batches
-from glm.data.prepare import prepare
+from glm.data.prepare import corpus_name, prepare
 from glm.errors import DataError
 from glm.recipe.sections import Source
 from glm.tokenizer import load_tokenizer, token_id
@@ -139,6 +140,11 @@ def test_a_torn_file_is_named_and_deleting_its_description_rebuilds(tiny_stages,
     assert torn.read_bytes() == whole
 
 
+def name_of_corpus(recipe, run_folder):
+    digest = hashlib.blake2b((run_folder.tokenizer / "tokenizer.json").read_bytes(), digest_size=8).hexdigest()
+    return corpus_name("prose", recipe.data, recipe.seed, digest)
+
+
 def test_a_preparation_that_was_interrupted_leaves_no_corpus_and_is_begun_again(tiny_stages, run_folder, library):
     (library / "299.txt").write_bytes(b"fine\xff")
     recipe = stage(tiny_stages, "pretrain_general", documents=str(library))
@@ -146,8 +152,9 @@ def test_a_preparation_that_was_interrupted_leaves_no_corpus_and_is_begun_again(
         prepare(recipe, run_folder)
     assert not list(run_folder.data.glob("documents-*.json")) and not list(run_folder.data.glob(".*.tmp"))
     (library / "299.txt").write_text("fine")
+    (run_folder.data / f".{name_of_corpus(recipe, run_folder)}.1.bin.tmp").write_bytes(b"left by a killed process")
     prepare(recipe, run_folder)
-    assert Batches(recipe, run_folder).rows(0, 1)
+    assert Batches(recipe, run_folder).rows(0, 1) and not list(run_folder.data.glob(".*.tmp"))
 
 
 def test_one_book_is_enough_and_its_tail_validates(tiny_stages, run_folder, tmp_path):
