@@ -62,7 +62,7 @@ def start(recipe: StageRecipe) -> Runtime:
     torch.manual_seed(recipe.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
     if recipe.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=recipe.platform == "cuda")
+        torch.use_deterministic_algorithms(True, warn_only=not active().fully_deterministic)
     return Runtime(
         rank=rank,
         world_size=world_size,

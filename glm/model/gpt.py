@@ -24,14 +24,14 @@ class Glm45Model(GPTModel):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.mtp_loss_sum = torch.zeros((), dtype=torch.float32)
-        self.mtp_tokens = torch.zeros((), dtype=torch.float32)
+        self._mtp_loss: list[torch.Tensor] = []
 
     def take_mtp_loss(self) -> torch.Tensor:
         """float32 [2]: sum of the unweighted MTP losses since the last call and how many tokens, of this rank."""
-        taken = torch.stack([self.mtp_loss_sum, self.mtp_tokens])
-        self.mtp_loss_sum, self.mtp_tokens = torch.zeros_like(self.mtp_loss_sum), torch.zeros_like(self.mtp_tokens)
-        return taken
+        taken, self._mtp_loss = self._mtp_loss, []
+        if not taken:
+            return torch.zeros(2, device=next(self.parameters()).device)
+        return torch.stack(taken).sum(0)
 
     def _postprocess(
         self, hidden_states, input_ids, position_ids, labels, rotary_pos_emb, rotary_pos_cos, rotary_pos_sin,
@@ -80,6 +80,5 @@ class Glm45Model(GPTModel):
         mask_BS = torch.ones_like(labels_BS, dtype=torch.float32) if loss_mask_BS is None else loss_mask_BS
         mask_BS, tokens = roll_tensor(mask_BS.clone(), **roll)
         losses_BS = mask_BS * self.compute_language_model_loss(labels_BS, logits_SBV)
-        self.mtp_loss_sum = self.mtp_loss_sum + losses_BS.detach().sum()
-        self.mtp_tokens = self.mtp_tokens + tokens.detach()
+        self._mtp_loss.append(torch.stack([losses_BS.detach().sum(), tokens.detach().float()]))
         return MTPLossAutoScaler.apply(hidden_SBH, self.mtp_weight * losses_BS)

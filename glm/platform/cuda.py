@@ -33,5 +33,6 @@ def platform(local_rank: int = 0) -> Platform:
         peak_memory_bytes=lambda: torch.cuda.max_memory_allocated(device),
         rng_state=lambda: torch.cuda.get_rng_state(device),
         set_rng_state=lambda state: torch.cuda.set_rng_state(state, device),
+        fully_deterministic=False,
         memory_folder=shared_memory_folder(),
     )

@@ -19,5 +19,6 @@ def platform() -> Platform:
         peak_memory_bytes=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         rng_state=torch.get_rng_state,
         set_rng_state=torch.set_rng_state,
+        fully_deterministic=True,
         memory_folder=shared_memory_folder(),
     )

@@ -23,6 +23,8 @@ class Platform:
     """Largest memory of this process so far: device memory on CUDA, resident memory on the host."""
     rng_state: Callable[[], torch.Tensor]
     set_rng_state: Callable[[torch.Tensor], None]
+    fully_deterministic: bool
+    """Every operation of training has a deterministic form here; where not, torch warns instead of refusing."""
     memory_folder: str | None
     """A folder held in memory, where trainer and engine on one machine hand weights over; None: the temporary folder."""
 

@@ -45,7 +45,7 @@ def train(recipe: TrainRecipe) -> None:
         while progress.stage_tokens < recipe.tokens:
             started = time.perf_counter()
             plan = plan_step(recipe, progress)
-            rows = batches.rows(*share(progress.rows, plan.num_sequences, runtime))
+            rows = batches.rows(*share(progress.stage_tokens // recipe.sequence_length, plan.num_sequences, runtime))
             outcome = trainer.step(
                 micro_batches(rows, recipe.batch.micro_batch_size, recipe.data.packing == "best_fit", trainer.device),
                 next_token_loss, lr=plan.lr, mtp_weight=plan.mtp_weight, bias_update_rate=plan.bias_update_rate,

@@ -1,0 +1,75 @@
+"""Muon against a float64 reference and against torch.optim.Muon."""
+
+import pytest
+import torch
+
+from glm.optim.muon import HeadShape, muon_updates, split_matrices
+from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz
+
+HEADS = HeadShape(queries=16, head_dim=8)
+SETTINGS = dict(heads=HEADS, momentum=0.95, nesterov=True, steps=5, update_rms=0.2)
+
+
+def reference_newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The same polynomial on the singular values, from an exact decomposition in float64."""
+    u, s, vt = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ vt
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (16, 16)])
+def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = reference_newton_schulz(matrix)
+    assert (newton_schulz(matrix).double() - expected).norm() < 1e-5 * expected.norm()
+    assert (newton_schulz(matrix, steps=4).double() - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_singular_values_end_near_one():
+    matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(newton_schulz(matrix))
+    assert values.min() > 0.6 and values.max() < 1.25
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("decoder.layers.0.self_attention.linear_qkv.weight", (64, 24)),  # two groups of 16 + 8 + 8 rows
+    ("decoder.layers.0.mlp.linear_fc1.weight", (40, 24)),
+    ("decoder.layers.1.mlp.experts.weight1", (4, 40, 24)),
+    ("decoder.layers.0.self_attention.linear_proj.weight", (24, 16)),
+])
+def test_split_matrices_join_to_the_original(name, shape):
+    tensor = torch.randn(shape)
+    parts, join = split_matrices(name, tensor, HEADS)
+    assert torch.equal(join(parts), tensor)
+    assert sum(part.numel() for part in parts) == tensor.numel()
+
+
+def test_experts_are_orthogonalised_one_by_one():
+    gradient = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(2))
+    name = "decoder.layers.1.mlp.experts.weight1"
+    together = muon_updates([name], [gradient], [gradient], [torch.zeros_like(gradient)], **SETTINGS)[0]
+    for expert in range(3):
+        gate, up = gradient[expert].chunk(2)
+        expected = torch.cat([reference_newton_schulz(half) * 0.2 * 24**0.5 for half in (gate, up)])
+        # the first momentum buffer is a multiple of the gradient, and the direction does not depend on its scale
+        assert (together[expert].double() - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_updates_follow_torch_muon_within_its_bfloat16_rounding():
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(32, 48, generator=generator)
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.Muon(
+        [theirs], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1, ns_steps=5, adjust_lr_fn="match_rms_adamw",
+    )
+    ours, momentum = start.clone(), torch.zeros_like(start)
+    for _ in range(4):
+        gradient = torch.randn(32, 48, generator=generator)
+        theirs.grad = gradient.clone()
+        optimizer.step()
+        update = muon_updates(["linear_proj.weight"], [ours], [gradient], [momentum], **SETTINGS)[0]
+        ours.mul_(1 - 0.02 * 0.1).sub_(update, alpha=0.02)
+    moved = (theirs.detach() - start).norm()
+    assert (ours - theirs.detach()).norm() < 0.03 * moved
