@@ -49,7 +49,7 @@ def checked_arguments(own: dict, extra: dict) -> dict:
     return own | extra
 
 
-OWNED = {"model_path", "host", "port", "api_key", "device", "dtype", "tp_size", "random_seed", "nccl_port"}
+OWNED = {"model_path", "host", "port", "api_key", "device", "dtype", "tp_size", "random_seed", "nccl_port", "weight_version"}
 """Fields of ServerArgs that ServerSpec decides; every speculative_ field is one too."""
 
 

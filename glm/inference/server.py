@@ -40,6 +40,8 @@ class ServerSpec:
     tp: int = 1
     dtype: str = "float32"
     """float32 or bfloat16."""
+    weight_version: str = "0"
+    """What replies report until the first weight update."""
     batch_invariant: bool = False
     """Host only: bitwise the same reply whoever is in the batch (needs AVX-512; about 12% slower)."""
     extra: dict[str, object] = field(default_factory=dict)
@@ -148,12 +150,13 @@ def server_arguments(spec: ServerSpec, port: int, rendezvous_port: int) -> dict[
         "dtype": spec.dtype,
         "tp_size": spec.tp,
         "random_seed": spec.seed,
+        "weight_version": spec.weight_version,
         "max_running_requests": spec.max_running_requests,
         "mem_fraction_static": spec.memory_fraction,
         "skip_server_warmup": True,
         "grammar_backend": "none",
         "reasoning_parser": "glm45",
-        "tool_call_parser": "glm45",
+        "tool_call_parser": "glm",
         "log_level": "info",
         "log_level_http": "warning",
     }
