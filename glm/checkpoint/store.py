@@ -53,8 +53,13 @@ def read_info(checkpoint: Path) -> tuple[CheckpointInfo, Model]:
     return CheckpointInfo(**manifest["info"]), Model(**manifest["model"])
 
 
+def stored_params(checkpoint: Path) -> str:
+    """``fp32`` or ``bf16``: the type the checkpoint's weights are stored in. Raises CheckpointError when it is not one."""
+    return _manifest(checkpoint)["params"]
+
+
 def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, runtime: Runtime, keep: int) -> Path:
-    """Writes one checkpoint from all ranks and removes the oldest beyond ``keep``.
+    """Writes one checkpoint from all ranks and removes the oldest beyond ``keep``. ``optimizer`` None: weights only.
 
     Raises PlatformError when the disk is full; what was there before is untouched.
     """
@@ -75,7 +80,7 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
             "make room on the disk and run the same command again; earlier checkpoints are intact",
         ) from error
     if runtime.is_first:
-        _publish(draft, final, info, shape)
+        _publish(draft, final, info, shape, "bf16" if next(model.parameters()).dtype is torch.bfloat16 else "fp32")
         for step in checkpoint_steps(folder)[:-keep]:
             shutil.rmtree(folder / _name(step))
     dist.barrier()
@@ -162,12 +167,14 @@ def _local_tensors(value) -> list[torch.Tensor]:
     return [data] if isinstance(data, torch.Tensor) else []
 
 
-def _publish(draft: Path, final: Path, info: CheckpointInfo, shape: Model) -> None:
+def _publish(draft: Path, final: Path, info: CheckpointInfo, shape: Model, params: str) -> None:
     files = {
         str(path.relative_to(draft)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(draft.rglob("*")) if path.is_file()
     }
-    write_json(draft / MANIFEST, {"info": asdict(info), "model": shape.model_dump(), "files": files})
+    write_json(draft / MANIFEST, {
+        "info": asdict(info), "model": shape.model_dump(), "params": params, "files": files,
+    })
     if final.exists():
         shutil.rmtree(final)
     draft.replace(final)

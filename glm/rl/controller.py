@@ -248,11 +248,9 @@ class Actor:
     def _write_samples(self, groups: list[Group], number: int) -> None:
         path = self.folder.samples(self.recipe.stage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        by_reply = {id(reply): group for group in groups for reply in group.trajectories}
         with path.open("a", encoding="utf-8") as out:
-            for reply in sample_of_groups(groups, 2, number):
-                prompt = by_reply[id(reply)].prompt
+            for group, reply in sample_of_groups(groups, 2, number):
                 out.write(json.dumps({
-                    "step": number, "prompt": prompt.messages[-1]["content"], "reply": reply.text,
-                    "reward": reply.reward, "task": prompt.task,
+                    "step": number, "prompt": group.prompt.messages[-1]["content"], "reply": reply.text,
+                    "reward": reply.reward, "task": group.prompt.task,
                 }, ensure_ascii=False) + "\n")

@@ -71,7 +71,7 @@ class Rollout:
         )
 
 
-def sample_of_groups(groups: list[Group], count: int, seed: int) -> list[Trajectory]:
+def sample_of_groups(groups: list[Group], count: int, seed: int) -> list[tuple[Group, Trajectory]]:
     """A few trajectories for the log."""
     every = [(group, trajectory) for group in groups for trajectory in group.trajectories]
     return random.Random(seed).sample(every, min(count, len(every)))

@@ -56,7 +56,7 @@ class WeightSync:
             self._tensors = tensors
             write_folder(
                 self.folder, tensors.items(), self.recipe.model, rotary_base=self.recipe.rotary_base,
-                tokenizer_folder=self.tokenizer_folder,
+                tokenizer=self.tokenizer_folder,
             )
 
     def push(self, trainer: Trainer, clients: list[EngineClient], version: int) -> Push:
