@@ -1,0 +1,181 @@
+"""Writing a Hugging Face folder: shards of bounded size, configuration, tokenizer, manifest; published whole or not at all."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glm.checkpoint.run_folder import write_json
+from glm.errors import CheckpointError, PlatformError
+from glm.recipe.sections import Model
+from glm.weights.digest import tensor_digest, type_name
+from glm.weights.hf_config import config_json
+from glm.weights.name_map import check_names, copies, hf_names
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+PARAMS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a folder holds."""
+
+    tensors: int
+    bytes: int
+
+
+def write_folder(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], shape: Model, *, rotary_base: int, tokenizer: Path | None = None,
+    max_shard_bytes: int = 5_000_000_000, with_copies: bool = False, source: dict[str, object] | None = None,
+) -> Written:
+    """Writes ``tensors`` (Hugging Face names, as hf_tensors yields them) with all a reader needs.
+
+    No more than ``max_shard_bytes`` and one tensor are held at a time. ``with_copies`` repeats embedding and head in the
+    MTP layer, as GLM-4.5's released files do and GLM-4.6's do not. ``source`` is noted in the manifest. An export of ours
+    that is there already is replaced; until then it stays as it is.
+    Raises CheckpointError for tensors that are not exactly the model's or a folder that holds something else,
+    PlatformError when the disk is full.
+    """
+    _require_replaceable(folder)
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        shards = _Shards(draft, max_shard_bytes)
+        for name, tensor in _with_copies(tensors, shape) if with_copies else tensors:
+            shards.add(name, tensor)
+        check_names(shards.manifest, [*hf_names(shape), *(copies(shape) if with_copies else ())], where=f"export to {folder}")
+        written = shards.close()
+        _write_configuration(draft, shape, rotary_base, shards.params, tokenizer)
+        write_json(draft / MANIFEST, {"source": source or {}, "tensors": shards.manifest})
+        _publish(draft, folder)
+    except (OSError, SafetensorError) as error:
+        raise PlatformError(
+            str(draft), f"{type(error).__name__}: {error}", "a folder written whole",
+            "make room on the disk, or choose another folder; nothing was changed at the destination",
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return written
+
+
+class _Shards:
+    """Collects tensors and writes a file whenever the next one would exceed the limit."""
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit = folder, limit
+        self.manifest: dict[str, dict[str, object]] = {}
+        self.params: str = "fp32"
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._bytes = 0
+        self._files: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        assert name not in self.manifest, f"{name} twice"
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.limit:
+            self._flush()
+        # a copy: safetensors refuses tensors that share memory, and the model may train on
+        self._pending[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        self._pending_bytes += size
+        self._bytes += size
+        if name == "model.embed_tokens.weight":
+            self.params = PARAMS[tensor.dtype]
+        self.manifest[name] = {
+            "dtype": type_name(tensor.dtype), "shape": list(tensor.shape), "sha256": tensor_digest(tensor),
+        }
+
+    def close(self) -> Written:
+        """Writes the rest, and the index unless one file holds everything."""
+        self._flush()
+        count = len(self._files)
+        finals = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for number, final in enumerate(finals):
+            (self.folder / _part(number)).rename(self.folder / final)
+        if count > 1:
+            places = {name: final for final, names in zip(finals, self._files) for name in names}
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": places})
+        return Written(tensors=len(self.manifest), bytes=self._bytes)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        path = self.folder / _part(len(self._files))
+        save_file(self._pending, path, metadata={"format": "pt"})
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        self._files.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def _with_copies(tensors: Iterable[tuple[str, Tensor]], shape: Model) -> Iterable[tuple[str, Tensor]]:
+    originals: dict[str, Tensor] = {}
+    wanted = copies(shape)
+    for name, tensor in tensors:
+        if name in wanted.values():
+            originals[name] = tensor
+        yield name, tensor
+    for name, original in wanted.items():
+        yield name, originals[original]
+
+
+def _write_configuration(draft: Path, shape: Model, rotary_base: int, params: str, tokenizer: Path | None) -> None:
+    stop, pad = None, None
+    if tokenizer is not None:
+        stop, pad = _copy_tokenizer(tokenizer, draft, shape)
+    write_json(draft / CONFIG, config_json(
+        shape, rotary_base=rotary_base, params=params, eos_token_ids=stop, pad_token_id=pad,
+    ))
+    write_json(draft / "generation_config.json", {
+        "do_sample": True, "temperature": 1.0, "top_p": 1.0, "eos_token_id": stop, "pad_token_id": pad,
+    })
+
+
+def _copy_tokenizer(tokenizer: Path, draft: Path, shape: Model) -> tuple[list[int], int]:
+    """Copies the tokenizer's files; returns what ends a reply, and the padding token."""
+    from glm.tokenizer import load_tokenizer, stop_token_ids
+
+    loaded = load_tokenizer(tokenizer)
+    if len(loaded) > shape.vocab_size:
+        raise CheckpointError(
+            str(tokenizer), f"{len(loaded)} tokens", f"at most model.vocab_size, {shape.vocab_size}",
+            "export with the tokenizer the model was trained with",
+        )
+    for path in sorted(tokenizer.iterdir()):
+        if path.is_file() and path.name not in (CONFIG, MANIFEST, INDEX) and path.suffix != ".safetensors":
+            shutil.copyfile(path, draft / path.name)
+    stop = stop_token_ids(loaded)
+    return stop, stop[0]
+
+
+def _require_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            str(folder), "it exists and is no earlier export", "a new folder, an empty one, or an earlier export",
+            "choose another folder, or remove this one yourself",
+        )
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    """Puts the draft in the folder's place; between the two renames the earlier export lies beside it."""
+    earlier = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        folder.rename(earlier)
+    draft.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Conversion between this suite's checkpoints and Hugging Face folders, from the command line."""

@@ -1,0 +1,40 @@
+"""What the three converters share: their arguments' texts, and how a user's mistake ends them."""
+
+import argparse
+import sys
+import warnings
+from typing import Callable, get_args
+
+from glm.errors import UserError
+from glm.recipe.schema import StageRecipe
+
+PLATFORMS = get_args(StageRecipe.model_fields["platform"].annotation)
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--platform", choices=PLATFORMS, default="host", help="device to work on (default: host, the CPU)")
+    return made
+
+
+def add_stage(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--stage", help="stage of the run whose newest checkpoint is taken (default: the last that finished)")
+
+
+def finish(platform: str, work: Callable[[], str]) -> int:
+    """Runs ``work`` on ``platform`` and prints its one line; a user's mistake is told without a traceback. Returns the exit status."""
+    from glm import platform as platforms
+
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")  # optional parts of megatron
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    try:
+        platforms.activate(platform)  # before anything imports megatron
+        print(work(), flush=True)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
