@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from glm.inference.speculative import speculative_arguments
 from glm.platform.host_sglang.environment import server_environment
 
 LOOPBACK = "127.0.0.1"
+HOST_CACHE_TOKENS = 65_536
+"""Most tokens of keys and values a host server holds; further requests wait. The recipe's sglang.max_total_tokens wins."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ServerSpec:
     """Longest prompt plus reply; None: the model's."""
     max_running_requests: int = 128
     memory_fraction: float = 0.8
-    """Share of the device's memory for weights and keys/values (cuda); the host takes what its requests can fill."""
+    """Share of the device's memory for weights and keys/values (cuda only)."""
     seed: int = 0
     tp: int = 1
     dtype: str = "float32"
@@ -54,6 +57,7 @@ class EngineServer:
         self.spec, self.log_file = spec, Path(log_file)
         self.port = spec.port
         self._process: subprocess.Popen | None = None
+        self._scratch: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> "EngineServer":
         self.start()
@@ -83,13 +87,15 @@ class EngineServer:
                               "export the model first, or correct the path")
         self.port, rendezvous = _ports(self.spec.port)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = tempfile.TemporaryDirectory(prefix="glm-server-", ignore_cleanup_errors=True)
         settings = {"parent": os.getpid(), "extra": self.spec.extra,
                     "arguments": server_arguments(self.spec, self.port, rendezvous)}
         # a file, not a pipe: SGLang's helper processes inherit it and would keep a reader waiting for ever
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "glm.inference.serve"], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                start_new_session=True, env=server_environment(self.spec.platform, batch_invariant=self.spec.batch_invariant),
+                start_new_session=True,
+                env=server_environment(self.spec.platform, batch_invariant=self.spec.batch_invariant, scratch=self._scratch.name),
             )
         self._process.stdin.write(json.dumps(settings).encode())
         self._process.stdin.close()
@@ -111,6 +117,7 @@ class EngineServer:
         itself; it holds nothing worth waiting for."""
         if self._process is None:
             return
+        shared = _shared_memory_of(self._process.pid)
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -122,6 +129,9 @@ class EngineServer:
         except ProcessLookupError:
             pass  # nobody of the group is left
         self._process.wait()
+        for path in shared:
+            path.unlink(missing_ok=True)
+        self._scratch.cleanup()
 
     def _healthy(self) -> bool:
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
@@ -169,10 +179,29 @@ def server_arguments(spec: ServerSpec, port: int, rendezvous_port: int) -> dict[
             "attention_backend": "host_sdpa",
             "disable_cuda_graph": True,
             "sampling_backend": "pytorch",
+            # otherwise SGLang takes memory_fraction of the machine's memory for keys and values, and fills it with zeros
+            "max_total_tokens": min(spec.max_running_requests * _context_length(spec), HOST_CACHE_TOKENS),
         }
-        if spec.context_length is not None:
-            arguments["max_total_tokens"] = spec.max_running_requests * spec.context_length
     return arguments | speculative_arguments(spec.num_draft_steps, folder)
+
+
+def _shared_memory_of(group: int) -> list[Path]:
+    """Files of SGLang's load reports that processes of the group hold open: nobody deletes them after a kill, nor after
+    a graceful end (sglang/srt/managers/load_snapshot.py:303)."""
+    found = []
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.getpgid(int(fd.parts[2])) == group and (target := os.readlink(fd)).startswith("/dev/shm/sglang_loads_"):
+                found.append(Path(target))
+        except OSError:
+            continue  # the process or the file ended while we looked
+    return found
+
+
+def _context_length(spec: ServerSpec) -> int:
+    if spec.context_length is not None:
+        return spec.context_length
+    return json.loads((Path(spec.model_folder) / "config.json").read_text())["max_position_embeddings"]
 
 
 def log_tail(log_file: Path, lines: int = 25) -> str:

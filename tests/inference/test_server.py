@@ -14,7 +14,7 @@ import pytest
 
 from glm.errors import EngineError, PlatformError, RecipeError
 from glm.inference.serve import checked_arguments
-from glm.inference.server import EngineServer, ServerSpec, log_tail, server_arguments
+from glm.inference.server import EngineServer, ServerSpec, _shared_memory_of, log_tail, server_arguments
 from glm.inference.speculative import acceptance_length, speculative_arguments
 from glm.platform.host_sglang.environment import server_environment
 
@@ -62,6 +62,14 @@ def group_of(leader):
     return alive
 
 
+def ends_within(seconds, leader):
+    """A killed process is gone a moment after the signal, not at once."""
+    deadline = time.monotonic() + seconds
+    while group_of(leader) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return group_of(leader) == []
+
+
 def test_no_process_outlives_a_parent_that_is_killed(model_folder, tmp_path):
     program = textwrap.dedent(f"""
         import time
@@ -80,10 +88,16 @@ def test_no_process_outlives_a_parent_that_is_killed(model_folder, tmp_path):
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    deadline = time.monotonic() + 10
-    while group_of(leader) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert group_of(leader) == []
+    assert ends_within(10, leader)
+
+
+def test_a_stopped_server_leaves_no_process_and_no_file(server, model_folder, tmp_path):
+    with EngineServer(ServerSpec(model_folder, "host"), tmp_path / "log") as second:
+        second.wait_ready(120)
+        leader, scratch, shared = second.pid, Path(second._scratch.name), _shared_memory_of(second.pid)
+        assert scratch.is_dir() and shared
+    assert ends_within(5, leader) and not scratch.exists() and not any(path.exists() for path in shared)
+    assert all(path.exists() for path in _shared_memory_of(server.pid))  # the other server's are its own
 
 
 def test_the_key_is_not_in_the_process_list(server):

@@ -32,11 +32,13 @@ BITWISE = {
 }
 
 
-def server_environment(platform: str, *, batch_invariant: bool = False) -> dict[str, str]:
+def server_environment(platform: str, *, batch_invariant: bool = False, scratch: str | None = None) -> dict[str, str]:
     """This process's environment with what a server on ``platform`` ("host" or "cuda") needs.
+
+    scratch: folder for its temporary files and sockets, which SGLang does not delete.
 
     batch_invariant (host, Intel with AVX-512): a reply does not depend, bit for bit, on the requests beside it.
     """
     own = HOST | (BITWISE if batch_invariant else {}) if platform == "host" else {}
     inherited = {name: value for name, value in os.environ.items() if platform == "host" or name != "SGLANG_PLATFORM"}
-    return inherited | ALWAYS | own
+    return inherited | ALWAYS | own | ({"TMPDIR": scratch} if scratch else {})
