@@ -9,10 +9,11 @@ from glm.errors import CheckpointError, RecipeError
 from glm.metrics.log import MetricLog
 from glm.recipe.compose import dump_recipe
 from glm.recipe.schema import ExportRecipe
+from glm.weights.hf_folder import publish
 
 
 def main(recipe: ExportRecipe) -> None:
-    """Writes and verifies the folder. Raises CheckpointError without a checkpoint to export, or when the two models differ."""
+    """Writes the folder, verifies it, and then puts it in its place. Raises CheckpointError without a checkpoint to export, or when the two models differ."""
     folder = RunFolder.of(recipe)
     if recipe.parent is None:
         raise RecipeError(f"{recipe.stage}: from", "no stage that trains weights", "one above it in the run file", "set from:")
@@ -24,11 +25,13 @@ def main(recipe: ExportRecipe) -> None:
     _require_same_rotation(recipe, checkpoint)
     with MetricLog(folder.root, recipe.stage, total_steps=1, logging=recipe.logging, config=dump_recipe(recipe)) as log:
         log.rewind(0)
-        written = to_hf(checkpoint, folder.export, platform=recipe.platform)
+        draft = folder.export.with_name(f"{folder.export.name}.unverified")
+        written = to_hf(checkpoint, draft, platform=recipe.platform)
         proof = verify(
-            checkpoint, folder.export, platform=recipe.platform, num_tokens=recipe.verify_tokens,
+            checkpoint, draft, platform=recipe.platform, num_tokens=recipe.verify_tokens,
             tolerance=recipe.verify_tolerance, seed=recipe.seed,
         )
+        publish(draft, folder.export)
         log.line(1, {
             "export/max_logit_difference": proof.max_logit_difference,
             "export/tensors": written.tensors,

@@ -25,7 +25,6 @@ def hf_tensors(model: torch.nn.Module, shape: Model, *, to_rank0: bool = False) 
     keeps = not to_rank0 or dist.get_rank() == 0
     for row in rows(shape):
         tensor = local[row.megatron]
-        # Float16Module rounds the buffer; the router restores its type, not its value
         assert not row.is_router_bias or tensor.dtype is torch.float32, f"{row.megatron} is {tensor.dtype}"
         if row.transform.per_expert:
             tensor = _all_experts(tensor, to_rank0)
@@ -50,6 +49,7 @@ def load_hf_tensors(model: torch.nn.Module, shape: Model, get: Callable[[str], T
 
 def _tensors_of(model: torch.nn.Module, shape: Model) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, detached; exactly those of the table."""
+    # state_dict() also brings back the router bias's float32, which Float16Module takes away (router.py:668)
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     check_names(state, [row.megatron for row in rows(shape)], where="megatron model")
     return state

@@ -58,7 +58,7 @@ def write_folder(
         written = shards.close()
         _write_configuration(draft, shape, rotary_base, shards.params, tokenizer)
         write_json(draft / MANIFEST, {"source": source or {}, "tensors": shards.manifest})
-        _publish(draft, folder)
+        publish(draft, folder)
     except (OSError, SafetensorError) as error:
         raise PlatformError(
             str(draft), f"{type(error).__name__}: {error}", "a folder written whole",
@@ -171,8 +171,8 @@ def _require_replaceable(folder: Path) -> None:
         )
 
 
-def _publish(draft: Path, folder: Path) -> None:
-    """Puts the draft in the folder's place; between the two renames the earlier export lies beside it."""
+def publish(draft: Path, folder: Path) -> None:
+    """Puts ``draft`` in the place of ``folder``; between the two renames the earlier export lies beside it."""
     earlier = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():

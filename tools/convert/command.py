@@ -27,8 +27,7 @@ def finish(platform: str, work: Callable[[], str]) -> int:
     """Runs ``work`` on ``platform`` and prints its one line; a user's mistake is told without a traceback. Returns the exit status."""
     from glm import platform as platforms
 
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")  # optional parts of megatron
-    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", module="megatron")  # of optional parts it misses and of torch names it still uses
     try:
         platforms.activate(platform)  # before anything imports megatron
         print(work(), flush=True)
