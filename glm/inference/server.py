@@ -46,7 +46,8 @@ class ServerSpec:
     weight_version: str = "0"
     """What replies report until the first weight update."""
     batch_invariant: bool = False
-    """Host only: bitwise the same reply whoever is in the batch (needs AVX-512; about 12% slower)."""
+    """Host only: bitwise the same reply whoever is in the batch. Needs AVX-512 and a number of experts divisible by 32:
+    torch computes the router's sigmoid 32 numbers at a time, and a remainder by another formula."""
     extra: dict[str, object] = field(default_factory=dict)
 
 
@@ -85,6 +86,10 @@ class EngineServer:
         if not (Path(self.spec.model_folder) / "config.json").is_file():
             raise EngineError(f"model folder {self.spec.model_folder}", "no config.json in it", "a Hugging Face model folder",
                               "export the model first, or correct the path")
+        experts = self._config().get("n_routed_experts", 0)
+        if self.spec.batch_invariant and (self.spec.platform != "host" or experts % 32):
+            raise PlatformError("batch_invariant of the inference server", f"platform {self.spec.platform}, {experts} experts",
+                                "platform host and a number of experts divisible by 32", "serve without batch_invariant")
         self.port, rendezvous = _ports(self.spec.port)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix="glm-server-", ignore_cleanup_errors=True)
@@ -132,6 +137,9 @@ class EngineServer:
         for path in shared:
             path.unlink(missing_ok=True)
         self._scratch.cleanup()
+
+    def _config(self) -> dict:
+        return json.loads((Path(self.spec.model_folder) / "config.json").read_text())
 
     def _healthy(self) -> bool:
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
