@@ -138,13 +138,13 @@ class EngineClient:
                     return response.status, await (response.json() if json_body else response.text())
             except aiohttp.ClientConnectionError as problem:
                 if attempt == self._retries:
-                    raise EngineError(f"inference server {self.url}{path}", f"no connection after {attempt + 1} attempts ({problem})",
-                                      "a running server", "see whether the server is alive and read its log") from None
+                    raise EngineError(f"inference server {self.url}{path}",
+                                      f"no connection after {attempt + 1} attempts ({problem})", "a running server", "see whether the server is alive and read its log") from None
                 self.retried += 1
                 await asyncio.sleep(0.2 * 2**attempt)
             except asyncio.TimeoutError:
-                raise EngineError(f"inference server {self.url}{path}", f"no answer within {self._timeout.total:.0f} s", "an answer",
-                                  "raise engine.request_timeout_seconds, or send fewer tokens a request") from None
+                raise EngineError(f"inference server {self.url}{path}", f"no answer within {self._timeout.total:.0f} s",
+                                  "an answer", "raise engine.request_timeout_seconds, or send fewer tokens a request") from None
 
     def _fail(self, path: str, status: int, body):
         raise EngineError(f"inference server {self.url}{path}", f"status {status}: {str(body)[:2000]}", "status 200",
