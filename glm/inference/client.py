@@ -139,7 +139,8 @@ class EngineClient:
             except aiohttp.ClientConnectionError as problem:
                 if attempt == self._retries:
                     raise EngineError(f"inference server {self.url}{path}",
-                                      f"no connection after {attempt + 1} attempts ({problem})", "a running server", "see whether the server is alive and read its log") from None
+                                      f"no connection after {attempt + 1} attempts ({problem})", "a running server",
+                                      "see whether the server is alive and read its log") from None
                 self.retried += 1
                 await asyncio.sleep(0.2 * 2**attempt)
             except asyncio.TimeoutError:

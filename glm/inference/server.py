@@ -153,7 +153,8 @@ class EngineServer:
 
     def _fail(self, what: str):
         raise EngineError(f"inference server on {self.url} ({self.log_file})",
-                          f"{what}; its log ends:\n{log_tail(self.log_file)}", "a server that answers /health", "read the log above; the whole of it is in the file named")
+                          f"{what}; its log ends:\n{log_tail(self.log_file)}", "a server that answers /health",
+                          "read the log above; the whole of it is in the file named")
 
 
 def server_arguments(spec: ServerSpec, port: int, rendezvous_port: int) -> dict[str, object]:
