@@ -113,6 +113,7 @@ class _Shards:
             return
         path = self.folder / _part(len(self._files))
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
         with path.open("rb") as written:
             os.fsync(written.fileno())
         self._files.append(list(self._pending))

@@ -50,6 +50,7 @@ def test_shards_stay_below_the_limit_and_the_index_names_them(folder, weights):
 def test_one_file_needs_no_index(tmp_path, weights):
     written = write_folder(tmp_path / "one", weights.items(), SHAPE, rotary_base=10_000)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"model.safetensors", "config.json", "generation_config.json", "manifest.json"}
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "one").iterdir()), "others can read it"
     assert (written.tensors, written.bytes) == (len(weights), sum(tensor.nbytes for tensor in weights.values()))
 
 
