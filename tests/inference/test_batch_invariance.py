@@ -17,7 +17,8 @@ PROBE, GREEDY = [5, 6, 7, 8, 9], Sampling(0.0, 24)
 @pytest.mark.skipif(not CPU.exists() or "avx512f" not in CPU.read_text(), reason="tried on AVX-512 only")
 def test_a_reply_is_bitwise_the_same_alone_and_in_a_batch(tmp_path):
     config = tiny_config(n_routed_experts=32)
-    spec = ServerSpec(save_model(tmp_path / "model", config, random_weights(config)), "host", num_draft_steps=2, context_length=256, batch_invariant=True)
+    folder = save_model(tmp_path / "model", config, random_weights(config))
+    spec = ServerSpec(folder, "host", num_draft_steps=2, context_length=256, batch_invariant=True)
 
     async def compare(server):
         async with EngineClient(server.url, server.spec.api_key) as client:
