@@ -22,7 +22,7 @@ LAYERS = (
     ("glm.runtime", "glm.metrics", "glm.tokenizer"),
     ("glm.model", "glm.optim", "glm.data"),
     ("glm.checkpoint", "glm.weights", "glm.inference"),
-    ("glm.train",),
+    ("glm.train", "glm.convert"),
     ("glm.rl",),
     ("glm.launch",),
     ("glm.doctor", "glm.show"),
