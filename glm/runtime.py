@@ -62,6 +62,8 @@ def start(recipe: StageRecipe) -> Runtime:
     torch.manual_seed(recipe.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
     if recipe.deterministic:
+        # megatron writes every buffer it allocates; filling them first costs 4 % of a step on the host
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=not active().fully_deterministic)
     return Runtime(
         rank=rank,

@@ -187,6 +187,8 @@ def server_arguments(spec: ServerSpec, port: int, rendezvous_port: int) -> dict[
             # named: without it SGLang picks torch_native on a CPU, which has no draft mode
             "attention_backend": "host_sdpa",
             "disable_cuda_graph": True,
+            # an idle scheduler polls without pause, and its core is one the trainer needs
+            "sleep_on_idle": True,
             "sampling_backend": "pytorch",
             # otherwise SGLang takes memory_fraction of the machine's memory for keys and values, and fills it with zeros
             "max_total_tokens": min(spec.max_running_requests * _context_length(spec), HOST_CACHE_TOKENS),
