@@ -1,0 +1,91 @@
+"""The whole path on shortened stages: raw text to a chatting, RL-tuned model, every stage real."""
+
+import json
+
+import pytest
+
+from tests.runs import TINY, glm, metrics, processes_of
+
+SHORTENED = (
+    "pretrain_general.tokens=40960", "pretrain_code_reasoning.tokens=20480", "midtrain_repo_code.tokens=4096",
+    "midtrain_reasoning.tokens=4096", "midtrain_long_context.tokens=4096", "sft_cold_start.tokens=20480",
+    "rl_reasoning.rl.steps=3", "rl_reasoning.rollout.prompts_per_step=16", "rl_reasoning.evaluation.prompts=16",
+    "rl_reasoning.evaluation.samples=4", "rl_reasoning.rl.drop_uniform_groups=false",
+)
+STAGES = (
+    "tokenizer", "pretrain_general", "pretrain_code_reasoning", "midtrain_repo_code", "midtrain_reasoning",
+    "midtrain_long_context", "sft_cold_start", "rl_reasoning", "export", "chat",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    done = glm("run", TINY, *SHORTENED, f"run_folder={folder}", timeout=800)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return folder
+
+
+def test_every_stage_is_done_and_nothing_is_left_running(run):
+    assert [stage for stage in STAGES if not (run / "stages" / stage / "done.json").exists()] == []
+    assert processes_of(run) == []
+
+
+def test_losses_of_the_trunk_and_of_the_mtp_layer_fall(run):
+    for name in ("train/loss", "train/mtp_loss"):
+        losses = metrics(run, "pretrain_general", name)
+        assert losses[max(losses)] < losses[1] - 1.0
+
+
+def test_the_router_bias_moves_in_the_first_stage_and_rests_after(run):
+    first = metrics(run, "pretrain_general", "balance/bias_max")
+    later = metrics(run, "pretrain_code_reasoning", "balance/bias_max")
+    assert first[max(first)] > 5e-3
+    assert set(later.values()) == {first[max(first)]}
+
+
+def test_rollouts_agree_with_the_trainer_and_every_push_is_proved(run):
+    differences = metrics(run, "rl_reasoning", "rl/logprob_difference_mean")
+    assert len(differences) == 3 and max(differences.values()) < 1e-3
+    proved = metrics(run, "rl_reasoning", "rl/sync_tensors_proved")
+    assert len(proved) == 3 and min(proved.values()) == 2 * 70  # two engines: every tensor of target and draft
+    assert metrics(run, "rl_reasoning", "rl/weight_version") == {1: 1, 2: 2, 3: 3}
+
+
+def test_speculation_accepts_drafts(run):
+    lengths = metrics(run, "rl_reasoning", "rl/acceptance_length")
+    assert min(lengths.values()) > 1.0
+
+
+def test_held_out_accuracy_is_told_before_and_after_with_its_error(run):
+    for name in ("eval/sampled_accuracy", "eval/greedy_accuracy", "eval/sampled_standard_error", "eval/reverse/sampled"):
+        assert set(metrics(run, "rl_reasoning", name)) == {0, 3}
+
+
+def test_transformers_loads_the_export(run):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Reverse: a b c"}], add_generation_prompt=True, return_tensors="pt")
+    ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+    assert model(ids).logits.shape == (1, ids.shape[1], 2048)
+
+
+def test_the_chat_stage_leaves_dialogues(run):
+    lines = [json.loads(line) for line in (run / "stages" / "chat" / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 10 and all(line["prompt"] for line in lines)
+
+
+def test_the_report_stands_alone_and_names_every_stage(run):
+    page = (run / "report.html").read_text()
+    assert all(stage in page for stage in STAGES[1:8])
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page.replace("https://www.w3.org", "")
+
+
+def test_the_same_command_again_does_nothing(run):
+    before = (run / "metrics.jsonl").read_bytes()
+    done = glm("run", TINY, *SHORTENED, f"run_folder={run}", timeout=60)
+    assert done.returncode == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
