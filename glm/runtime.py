@@ -86,6 +86,7 @@ def stop() -> None:
 
 
 def _refuse_unproved(recipe: StageRecipe) -> None:
+    """What a recipe may say and this release does not do is refused, not ignored."""
     layout = recipe.layout
     for axis in ("tp", "pp", "cp", "etp"):
         if getattr(layout, axis) > 1:
@@ -94,3 +95,8 @@ def _refuse_unproved(recipe: StageRecipe) -> None:
                 f"{axis}: 1; this release proves data and expert parallelism only (docs/design.md, Layouts)",
                 f"set layout.{axis}=1, or wait for the layout proofs",
             )
+    if recipe.kernels.attention != "sdpa":
+        raise PlatformError(
+            f"{recipe.stage}: kernels.attention", recipe.kernels.attention, "sdpa; transformer-engine is not wired in yet",
+            "set kernels.attention=sdpa in the hardware file",
+        )

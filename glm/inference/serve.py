@@ -19,7 +19,7 @@ def main() -> None:
 
     try:
         arguments = checked_arguments(settings["arguments"], settings["extra"])
-        _launch(arguments)
+        _launch(arguments, settings["platform"])
     except UserError as problem:
         print(f"{type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -53,11 +53,11 @@ OWNED = {"model_path", "host", "port", "api_key", "device", "dtype", "tp_size", 
 """Fields of ServerArgs that ServerSpec decides; every speculative_ field is one too."""
 
 
-def _launch(arguments: dict) -> None:
+def _launch(arguments: dict, platform: str) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    if os.environ.get("SGLANG_PLATFORM") == "host":
+    if platform == "host":
         from sglang.srt.model_executor import model_runner  # noqa: F401  importing it initialises the platform
 
         from glm.platform.host_sglang.hooks import verify_seams

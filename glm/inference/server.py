@@ -93,7 +93,7 @@ class EngineServer:
         self.port, rendezvous = _ports(self.spec.port)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix="glm-server-", ignore_cleanup_errors=True)
-        settings = {"parent": os.getpid(), "extra": self.spec.extra,
+        settings = {"parent": os.getpid(), "platform": self.spec.platform, "extra": self.spec.extra,
                     "arguments": server_arguments(self.spec, self.port, rendezvous)}
         # a file, not a pipe: SGLang's helper processes inherit it and would keep a reader waiting for ever
         with self.log_file.open("wb") as log:

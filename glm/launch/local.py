@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm.errors import PlatformError
+from glm.platform.lifetime import PARENT_VARIABLE
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
@@ -65,7 +66,7 @@ def run_ranks(command: list[str], world_size: int, folder: Path, *, stage: str, 
 def rank_environment(rank: int, world_size: int, port: int, threads_per_rank: int) -> dict[str, str]:
     """This process's environment with what torchrun would set. Output is unbuffered, so that a log shows the last line."""
     return os.environ | {
-        "GLM_PARENT_PID": str(os.getpid()),    # read by glm/platform/lifetime.py, which is not imported here: its package imports torch
+        PARENT_VARIABLE: str(os.getpid()),
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1",
     }

@@ -5,6 +5,13 @@ from the recipe and is checked against the machine, never guessed: a node with a
 on its CPUs.
 """
 
-from glm.platform.interface import Platform, activate, active
-
 __all__ = ["Platform", "activate", "active"]
+
+
+def __getattr__(name: str):
+    """Imports torch only for who asks for a device: the launcher and ``glm doctor`` live without it."""
+    if name in __all__:
+        from glm.platform import interface
+
+        return getattr(interface, name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -14,13 +14,14 @@ import json
 import statistics
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch.distributed as dist
 
 from glm import runtime as runtimes
 from glm.checkpoint import store
-from glm.checkpoint.run_folder import RunFolder
-from glm.errors import EngineError
+from glm.checkpoint.run_folder import RunFolder, write_atomically
+from glm.errors import EngineError, RecipeError
 from glm.inference.client import EngineClient
 from glm.inference.speculative import acceptance_length
 from glm.metrics.log import MetricLog
@@ -44,6 +45,11 @@ from glm.train.step import StepOutcome, Trainer
 
 def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
     """Runs the stage from its newest checkpoint to ``rl.steps``."""
+    if recipe.rollout.max_staleness > 0:
+        raise RecipeError(
+            f"{recipe.stage}: rollout.max_staleness", str(recipe.rollout.max_staleness), "0; this release is synchronous",
+            "set rollout.max_staleness=0",
+        )
     runtime = runtimes.start(recipe)
     folder = RunFolder.of(recipe)
     trainer = Trainer(recipe)
@@ -58,12 +64,13 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
             folder.root, recipe.stage, total_steps=recipe.rl.steps, enabled=runtime.is_first, logging=recipe.logging,
             config=dump_recipe(recipe),
         ))
-        log.rewind(progress.step)
+        log.rewind(progress.step if progress.step else -1)
         actor = None
         if runtime.is_first:
             if progress.step == 0:
                 print(table(trainer.optimizer.groups), flush=True)
             actor = stack.enter_context(Actor(recipe, environments, folder, sync))
+            rewind_samples(folder.samples(recipe.stage), progress.step)
         if actor and progress.step == 0:
             log.line(0, {"eval/phase": "before"} | actor.evaluate(0))
         while progress.step < recipe.rl.steps:
@@ -103,6 +110,13 @@ def step(recipe: RLRecipe, trainer: Trainer, actor: "Actor | None", sync: Weight
         "rl/lr": learning_rate(recipe, number), "rl/train_seconds": train_seconds, "rl/sync_seconds": push.seconds,
         "rl/sync_bytes": push.bytes, "rl/sync_tensors_proved": push.tensors, "rl/weight_version": number + 1,
     }
+
+
+def rewind_samples(path: Path, step: int) -> None:
+    """Drops the sample dialogues of steps that will be done again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomically(path, "".join(line for line in lines if step and json.loads(line)["step"] < step))
 
 
 def learning_rate(recipe: RLRecipe, number: int) -> float:

@@ -34,14 +34,14 @@ def train(recipe: TrainRecipe) -> None:
     trainer = Trainer(recipe)
     progress = restore(trainer, recipe, folder, runtime)
     total = count_steps(recipe)
-    if runtime.is_first and progress.step == 0:
+    if runtime.is_first and progress.step == 0 and (recipe.parent is None or recipe.schedule.clock == "stage"):
         print(table(trainer.optimizer.groups), flush=True)
 
     with MetricLog(
         folder.root, recipe.stage, total_steps=total, enabled=runtime.is_first, logging=recipe.logging,
         config=dump_recipe(recipe),
     ) as log:
-        log.rewind(progress.step)
+        log.rewind(progress.step if progress.step else -1)
         while progress.stage_tokens < recipe.tokens:
             started = time.perf_counter()
             plan = plan_step(recipe, progress)

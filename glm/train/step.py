@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 
 from glm.model.build import build_model
 from glm.model.config import stage_config
+from glm.model.experts import StackedExperts
 from glm.model.initialize import initialize
 from glm.optim.build import TrainOptimizer
 from glm.optim.param_groups import is_frozen
@@ -44,6 +45,9 @@ class Trainer:
         self.device = active().device
         self.config = stage_config(recipe)
         self.model = build_model(self.config, recipe.model, rotary_base=recipe.rotary_base)
+        for module in self.model.modules():
+            if isinstance(module, StackedExperts):
+                module.grouped = recipe.kernels.experts == "grouped_mm"
         initialize(self.model, seed=recipe.seed, init_std=recipe.model.init_std, num_layers=recipe.model.num_layers)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not is_frozen(name, recipe.optimizer.frozen))
