@@ -73,6 +73,33 @@ def test_transformers_loads_the_export(run):
     assert model(ids).logits.shape == (1, ids.shape[1], 2048)
 
 
+def test_trainer_transformers_and_sglang_give_the_same_ids(run):
+    import requests
+    from transformers import AutoTokenizer
+
+    from glm.inference.server import EngineServer, ServerSpec
+    from glm.tokenizer import encode_dialogue, encode_text, load_tokenizer
+
+    ours, theirs = load_tokenizer(run / "tokenizer"), AutoTokenizer.from_pretrained(run / "export")
+    texts = ["def f(x):\n    return x + 1\n", "Sort the digits: 4071", "naïve 数 🙂\t  tabs", "a" * 40]
+    messages = [{"role": "user", "content": "Reverse: a b c"}]
+    with EngineServer(ServerSpec(run / "export", "host", context_length=256), run / "tokenize.log") as server:
+        server.wait_ready()
+
+        def served(**request) -> list[int]:
+            answer = requests.post(
+                f"{server.url}/v1/tokenize", json={"model": "default", "add_special_tokens": False} | request, timeout=30,
+                headers={"Authorization": f"Bearer {server.spec.api_key}"},
+            )
+            assert answer.status_code == 200, answer.text
+            return answer.json()["tokens"]
+
+        for text in texts:
+            assert encode_text(ours, text) == theirs(text)["input_ids"] == served(prompt=text), text
+        rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert encode_dialogue(ours, messages, add_generation_prompt=True)[0] == served(prompt=rendered)
+
+
 def test_the_chat_stage_leaves_dialogues(run):
     lines = [json.loads(line) for line in (run / "stages" / "chat" / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 10 and all(line["prompt"] for line in lines)

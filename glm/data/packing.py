@@ -1,6 +1,7 @@
 """Documents into rows: concatenated and cut, or packed whole.
 
 truncate  the shuffled documents of a source, joined by <|endoftext|>, cut every sequence_length tokens (P 2.3, pre-training).
+          The pieces are shuffled too: those of one long document would otherwise fill many steps in a row.
 best_fit  documents longer than a row are cut into rows; the rest is packed by best fit within a window, so that nothing
           that fits is cut; attention and loss stay inside a document.
 
@@ -16,6 +17,8 @@ import numpy as np
 
 from glm.data.tokenized import TokenizedCorpus
 
+SHUFFLED_ROWS = 2**20
+"""Neighbouring rows of a truncated source that are shuffled among each other; a source of any size needs no more memory."""
 WINDOW_ROWS = 512
 """Rows' worth of documents that are packed together."""
 
@@ -73,14 +76,16 @@ def cut_to_pieces(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nd
 
 
 class TruncatedRows:
-    """Rows of exactly ``sequence_length`` tokens, all under the loss; the label of the last token opens the next row."""
+    """Rows of exactly ``sequence_length`` tokens, all under the loss; the label of the last token opens the next piece."""
 
     def __init__(self, corpus: TokenizedCorpus, documents: np.ndarray, sequence_length: int, end_of_text: int, source: str,
                  *seed: int | str):
         self.corpus, self.documents, self.sequence_length, self.source = corpus, documents, sequence_length, source
         self.end_of_text = np.array([] if corpus.separated else [end_of_text], dtype=np.int64)
         self.epoch_tokens = int(corpus.lengths(documents).sum()) + len(self.end_of_text) * len(documents)
+        self.block_rows = min(SHUFFLED_ROWS, max(1, self.epoch_tokens // sequence_length))
         self._epoch = lru_cache(maxsize=2)(lambda epoch: self._order(*seed, epoch))
+        self._block = lru_cache(maxsize=2)(lambda block: generator(*seed, "pieces", block).permutation(self.block_rows))
 
     def _order(self, *seed: int | str) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch and where each begins, with the end of the last appended."""
@@ -104,9 +109,14 @@ class TruncatedRows:
             position, count = position + len(part), count - len(part)
         return np.concatenate(parts)
 
+    def piece(self, number: int) -> int:
+        """Which piece of the stream the row is."""
+        block, within = divmod(number, self.block_rows)
+        return block * self.block_rows + int(self._block(block)[within])
+
     def row(self, number: int) -> Row:
         length = self.sequence_length
-        tokens = self._read(number * length, length + 1)
+        tokens = self._read(self.piece(number) * length, length + 1)
         return Row(tokens[:-1], tokens[1:], np.ones(length, np.float32), (length,), self.source)
 
     def epochs(self, rows: int) -> float:

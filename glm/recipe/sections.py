@@ -102,7 +102,7 @@ class Precision(Section):
 
 
 class Kernels(Section):
-    attention: Literal["sdpa", "te"] = "te"
+    attention: Literal["sdpa", "te"] = "sdpa"
     experts: Literal["grouped_mm", "loop"] = "grouped_mm"
 
 

@@ -12,7 +12,7 @@ def start(shape: Model, *, platform: str, seed: int = 0, threads: int = 1) -> Ru
     platforms.activate(platform)
     return runtimes.start(StageRecipe(
         name="one-rank", stage="one-rank", main="none", run_folder=".", model=shape, platform=platform, seed=seed,
-        launcher={"threads_per_rank": threads},
+        launcher={"threads_per_rank": threads}, kernels={"attention": "sdpa"},
     ))
 
 

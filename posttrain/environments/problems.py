@@ -7,6 +7,10 @@ from posttrain.environments.registry import Prompt, register
 from posttrain.rewards.exact import reward
 
 
+FIRST_INDEX = 1_000_000_000
+"""Numbers beyond those the training texts use, so that a prompt is not the text the model was trained on, answer and all."""
+
+
 def _prompt(problem: Problem) -> Prompt:
     return Prompt(messages=({"role": "user", "content": problem.question},), problem=problem)
 
@@ -21,7 +25,7 @@ class Problems:
     def training_prompt(self, index: int, seed: int) -> Prompt:
         """Prompt number ``index`` of a run; its question is never a held-out one."""
         task = self.tasks[index % len(self.tasks)]
-        return _prompt(training_problem(task, index // len(self.tasks), seed))
+        return _prompt(training_problem(task, FIRST_INDEX + index // len(self.tasks), seed))
 
     def held_out(self, count: int, seed: int) -> list[Prompt]:
         """``count`` different prompts that occur in no training text."""

@@ -68,8 +68,10 @@ def test_truncated_rows_read_every_token_once_an_epoch_without_gaps(lengths, cap
     corpus = corpus_of(lengths, masked=masked)
     packer = TruncatedRows(corpus, corpus.training_documents, capacity, END, "s", seed)
     epochs = 2
-    count = -(-epochs * packer.epoch_tokens // capacity)
-    rows = [packer.row(number) for number in range(count)]
+    blocks = -(-(-(-epochs * packer.epoch_tokens // capacity)) // packer.block_rows)
+    by_piece = {packer.piece(number): packer.row(number) for number in range(blocks * packer.block_rows)}
+    assert sorted(by_piece) == list(range(blocks * packer.block_rows))
+    rows = [by_piece[piece] for piece in sorted(by_piece)]
     stream = np.concatenate([row.token_ids for row in rows])
     assert all(len(row.token_ids) == capacity and row.document_lengths == (capacity,) for row in rows)
     for epoch in range(epochs):
