@@ -8,6 +8,7 @@ Markdown; docs/benchmarks.md holds the output of a day.
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import random
@@ -79,8 +80,7 @@ def stage_table(folder: RunFolder) -> str:
     total = 0.0
     for recipe in sorted(folder.root.glob("stages/*/recipe.json"), key=lambda path: path.stat().st_mtime):
         name = recipe.parent.name
-        done = folder.done(name)
-        seconds = done.stat().st_mtime - recipe.stat().st_mtime if done.exists() else float("nan")
+        seconds = json.loads(folder.done(name).read_text())["seconds"]
         total += seconds
         steps = [line for line in lines if line["stage"] == name and "train/loss" in line]
         rollouts = [line for line in lines if line["stage"] == name and "rl/reward" in line]

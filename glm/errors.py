@@ -30,5 +30,9 @@ class PlatformError(UserError):
     """A device, package, port or process that is not there."""
 
 
+class NumericsError(UserError):
+    """A loss, gradient or probability that is not a usable number."""
+
+
 class EngineError(UserError):
     """An inference engine that does not answer, or answers wrongly."""

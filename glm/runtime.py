@@ -42,6 +42,11 @@ def start(recipe: StageRecipe) -> Runtime:
     layout = recipe.layout
     rank, world_size = place().rank, place().world_size
     _refuse_unproved(recipe)
+    if world_size != recipe.world_size:
+        raise PlatformError(
+            f"{recipe.stage}: launcher", f"{world_size} ranks were started", f"{recipe.world_size}, as the recipe says",
+            "start the stage with `glm run`, or with the command that `glm run --dry-run` prints",
+        )
     torch.set_num_threads(recipe.launcher.threads_per_rank)
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=recipe.launcher.timeout_seconds)
@@ -54,7 +59,7 @@ def start(recipe: StageRecipe) -> Runtime:
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
             context_parallel_size=layout.cp,
-            expert_model_parallel_size=min(layout.ep, world_size),
+            expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.etp,
         )
     random.seed(recipe.seed)

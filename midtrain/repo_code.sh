@@ -1,4 +1,7 @@
 #!/usr/bin/env bash
 # Mid-training on whole repositories: 500B tokens at 32K at full size.
 # Usage: midtrain/repo_code.sh [RUNFILE] [KEY=VALUE ...]
-exec glm run "${1:-configs/glm45/tiny.yaml}" midtrain_repo_code "${@:2}"
+runfile=configs/glm45/tiny.yaml
+case "${1:-}" in ""|*=*|-*) ;; *) runfile=$1; shift ;; esac
+glm=$(dirname "$0")/../.venv/bin/glm; [ -x "$glm" ] || glm=glm
+exec "$glm" run "$runfile" midtrain_repo_code "$@"

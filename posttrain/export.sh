@@ -1,4 +1,7 @@
 #!/usr/bin/env bash
 # The trained model as a Hugging Face folder.
 # Usage: posttrain/export.sh [RUNFILE] [KEY=VALUE ...]
-exec glm run "${1:-configs/glm45/tiny.yaml}" export "${@:2}"
+runfile=configs/glm45/tiny.yaml
+case "${1:-}" in ""|*=*|-*) ;; *) runfile=$1; shift ;; esac
+glm=$(dirname "$0")/../.venv/bin/glm; [ -x "$glm" ] || glm=glm
+exec "$glm" run "$runfile" export "$@"

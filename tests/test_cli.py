@@ -117,10 +117,13 @@ def test_every_stage_of_the_tiny_run_has_an_executable_script_that_names_it():
     stages = []
     for script in scripts:
         assert os.access(script, os.X_OK), script
-        stages += re.findall(r'exec glm run "\$\{1:-configs/glm45/tiny.yaml\}" (\w+) "\$\{@:2\}"', script.read_text())
+        stages += re.findall(r'exec "\$glm" run "\$runfile" (\w+) "\$@"', script.read_text())
     from glm.recipe.compose import load_run
 
     assert sorted(stages) == sorted(load_run(ROOT / TINY).stages)
+    for words in (["seed=3"], ["configs/glm45/tiny.yaml", "seed=3"]):
+        done = subprocess.run(["posttrain/rl_reasoning.sh", *words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+        assert "stages/rl_reasoning/recipe.json" in done.stdout, done.stderr
 
 
 def test_doctor_finds_nothing_required_wrong_here():

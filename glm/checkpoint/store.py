@@ -7,7 +7,7 @@ final name is complete. Loading verifies every file against the manifest first.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +34,8 @@ class CheckpointInfo:
     stage_tokens: int
     run_tokens: int
     rotary_base: int
-    weight_version: int = 0
+    megatron: dict = field(default_factory=dict)
+    """The recipe's section of that name: whoever rebuilds the model needs it too."""
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -74,15 +75,15 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
     state["rng"] = active().rng_state()  # alike on all ranks: nothing random is drawn after the weights
     try:
         serialization.save(state, str(draft))
+        if runtime.is_first:
+            _publish(draft, final, info, shape, "bf16" if next(model.parameters()).dtype is torch.bfloat16 else "fp32")
+            for step in checkpoint_steps(folder)[:-keep]:
+                shutil.rmtree(folder / _name(step))
     except (OSError, CheckpointingException) as error:
         raise PlatformError(
             str(draft), f"{type(error).__name__}: {error}", "a checkpoint written whole",
             "make room on the disk and run the same command again; earlier checkpoints are intact",
         ) from error
-    if runtime.is_first:
-        _publish(draft, final, info, shape, "bf16" if next(model.parameters()).dtype is torch.bfloat16 else "fp32")
-        for step in checkpoint_steps(folder)[:-keep]:
-            shutil.rmtree(folder / _name(step))
     dist.barrier()
     return final
 

@@ -26,7 +26,7 @@ def to_hf(
     found = find_source(source, stage)
     info, shape = store.read_info(found.checkpoint)
     one_rank.start(shape, platform=platform)
-    model = one_rank.build(shape, params=store.stored_params(found.checkpoint), rotary_base=info.rotary_base)
+    model = one_rank.build(shape, params=store.stored_params(found.checkpoint), rotary_base=info.rotary_base, megatron=info.megatron)
     store.load(found.checkpoint, model)
     return write_folder(
         Path(out), _with_bar(hf_tensors(model, shape), len(hf_names(shape))), shape, rotary_base=info.rotary_base,

@@ -46,11 +46,11 @@ def verify(
         folder.check_copies()
         one_rank.start(shape, platform=platform, seed=seed)
         params = store.stored_params(checkpoint)
-        model = one_rank.build(shape, params=params, rotary_base=info.rotary_base)
+        model = one_rank.build(shape, params=params, rotary_base=info.rotary_base, megatron=info.megatron)
         store.load(checkpoint, model)
         differences = _differences(model, shape, folder)
     if params != "fp32":
-        exact = one_rank.build(shape, params="fp32", rotary_base=info.rotary_base)
+        exact = one_rank.build(shape, params="fp32", rotary_base=info.rotary_base, megatron=info.megatron)
         exact.load_state_dict(model.state_dict(), strict=False)
         model = exact
     outcome = _compare_programs(model, Reference(hf_folder), shape.vocab_size, num_tokens, seed)

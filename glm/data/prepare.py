@@ -18,6 +18,7 @@ from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.data.batches import Batches, manifest_path
 from glm.data.documents import TEXT_CORPORA, corpus_fingerprint, dialogues, documents
 from glm.data.tokenized import read_facts, write_corpus
+from glm.errors import DataError
 from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
 from glm.recipe.sections import Data
@@ -45,8 +46,24 @@ def prepare(recipe: TrainRecipe, folder: RunFolder) -> None:
         if facts[source_name] is None:
             _tokenize(source.corpus, recipe.data, recipe.seed, tokenizer, folder.data, name)
             facts[source_name] = read_facts(folder.data, name)
-    write_json(manifest_path(folder, recipe.stage), {"sources": names, "end_of_text": token_id(tokenizer, END_OF_TEXT)})
+    manifest = {"sources": names, "end_of_text": token_id(tokenizer, END_OF_TEXT)}
+    _require_same_data(recipe, folder, manifest)
+    write_json(manifest_path(folder, recipe.stage), manifest)
     _report(recipe, folder, facts)
+
+
+def _require_same_data(recipe: TrainRecipe, folder: RunFolder, manifest: dict) -> None:
+    """A stage that has trained goes on with the documents it began with, or not at all."""
+    path = manifest_path(folder, recipe.stage)
+    if not path.exists() or not any(folder.checkpoints(recipe.stage).glob("step_*")):
+        return
+    began_with = json.loads(path.read_text(encoding="utf-8"))
+    if began_with != manifest:
+        changed = [name for name in manifest["sources"] if began_with["sources"].get(name) != manifest["sources"][name]]
+        raise DataError(
+            f"documents of stage {recipe.stage}", f"other text than the stage began with: {', '.join(changed) or 'the tokenizer'}",
+            "the documents of its checkpoints", f"restore them, use another run_folder, or remove {folder.stage(recipe.stage)}",
+        )
 
 
 def corpus_name(corpus: str, data: Data, seed: int, tokenizer_digest: str) -> str:

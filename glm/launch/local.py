@@ -84,12 +84,15 @@ def free_port() -> int:
 
 
 def _wait(ranks: list[_Rank]) -> _Rank | None:
-    """Until all ranks are done (none) or one has failed (that one; of several at once, the one a signal killed)."""
+    """Until all ranks are done (none) or one has failed.
+
+    Of several at once: the one a signal killed, then one that ended with a user's error (2): the others lost their peer.
+    """
     while True:
         codes = [(rank, rank.process.poll()) for rank in ranks]
-        failed = sorted((code, rank.number) for rank, code in codes if code)    # signals are negative: they come first
+        failed = sorted((code > 0, code != 2, rank.number) for rank, code in codes if code)    # signals are negative
         if failed:
-            return ranks[failed[0][1]]
+            return ranks[failed[0][2]]
         if all(code == 0 for _, code in codes):
             return None
         time.sleep(POLL_SECONDS)

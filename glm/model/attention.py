@@ -45,11 +45,7 @@ def document_groups(lengths: list[int]) -> list[DocumentGroup]:
 
 
 def pack_params(lengths: list[int], device: torch.device) -> PackedSeqParams:
-    """What megatron wants to know of a pack of documents, with our attention's groups attached.
-
-    ``max_seqlen`` is one more than the longest document when a single document fills the pack: equal numbers make
-    megatron use absolute positions (rope_utils.py:211), which is the same rotation.
-    """
+    """What megatron wants to know of a pack of documents, with our attention's groups attached."""
     bounds = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device=device, dtype=torch.int32)
     params = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),

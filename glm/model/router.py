@@ -1,4 +1,4 @@
-"""megatron's top-k router with three things put right: see each method."""
+"""megatron's top-k router with four things put right: see each method."""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +7,23 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 class SigmoidRouter(TopKRouter):
     """Sigmoid scores, choice by score plus bias, weights from the unbiased scores."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight.data = self.weight.data.float()
+
+    def _apply(self, function, recurse=True):
+        """Keeps weight, bias and counts in fp32 when the model is cast.
+
+        Float16Module casts every buffer; upstream puts back the type of the bias, not its value, and leaves the counts in
+        bf16, where adding to more than 256 tokens an expert loses them.
+        """
+        kept = {name: getattr(self, name).data for name in ("weight", "expert_bias", "local_tokens_per_expert")}
+        super()._apply(function, recurse)
+        for name, exact in kept.items():
+            moved = getattr(self, name)
+            moved.data = exact.to(moved.device)
+        return self
 
     def gating(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in fp32 whatever the model's precision.

@@ -1,10 +1,13 @@
 """The optimizer of a training stage: clip, Muon on matrices, AdamW on the rest, state that can be checkpointed."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
+from glm.errors import NumericsError
 from glm.optim.muon import HeadShape, muon_updates
 from glm.optim.param_groups import ParamGroup, param_groups
 from glm.recipe.sections import Model, Muon
@@ -67,6 +70,11 @@ class TrainOptimizer:
         """One update at learning rate ``lr`` (Muon's; AdamW's is ``lr * adamw.lr_ratio``). Returns the unclipped norm."""
         settings = self.settings
         norm = self.grad_norm()
+        if not math.isfinite(norm):  # the norm is the same on all ranks, so all stop, and nothing was changed
+            raise NumericsError(
+                "gradient of this step", f"norm {norm}", "a finite number",
+                "lower schedule.peak_lr or look at the data of this step; the same command continues from the last checkpoint",
+            )
         if settings.clip_grad and norm > settings.clip_grad:
             torch._foreach_mul_([param.main_grad for param in self.params], settings.clip_grad / (norm + 1e-6))
         if self.muon:

@@ -52,7 +52,8 @@ def param_groups(model: torch.nn.Module, frozen: tuple[str, ...] = ()) -> list[P
         group.names.append(name)
         group.params.append(parameter)
     filled = [group for group in groups.values() if group.params]
-    assert sum(group.size for group in filled) == sum(parameter.numel() for parameter in model.parameters())
+    owned = [id(parameter) for group in filled for parameter in group.params]
+    assert len(owned) == len(set(owned)) and set(owned) == {id(parameter) for parameter in model.parameters()}
     return filled
 
 

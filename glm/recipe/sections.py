@@ -88,7 +88,7 @@ class Launcher(Section):
     """Who starts the ranks."""
 
     kind: Literal["local", "slurm"] = "local"
-    """local: torchrun on this machine. slurm: prints the srun command line for the cluster."""
+    """local: torchrun on this machine. slurm: srun and torchrun inside a Slurm allocation."""
     nodes: Positive = 1
     ranks_per_node: Positive = 1
     threads_per_rank: Positive = 1
@@ -170,7 +170,7 @@ class Losses(Section):
     mtp_weight: NonNegative = 0.3
     """Weight of the MTP loss: 0.3 for 15T tokens, then 0.1 (P 2.4)."""
     sequence_balance_weight: NonNegative = 1e-4
-    """Weight of the sequence-level balance loss (P 2.4)."""
+    """Weight of the sequence-level balance loss (P 2.4). A pack of documents counts as one sequence."""
 
 
 class Router(Section):

@@ -7,35 +7,40 @@ from glm.rl.types import TrainSample
 
 
 def deal(samples: list[TrainSample], ranks: int, tokens_per_batch: int) -> list[list[list[TrainSample]]]:
-    """[rank][micro-batch][sample]: longest first, each to the rank with the fewest tokens, then to its emptiest batch.
+    """[rank][micro-batch][sample]: longest first, each to the rank with the fewest tokens; there into the first batch with room.
 
-    Every rank gets the same number of non-empty batches (expert dispatch is collective); a rank with too few samples
-    repeats one whose advantage and loss mask count for nothing.
+    No batch exceeds ``tokens_per_batch`` but for a single sample that does. Every rank gets the same number of batches, because
+    expert dispatch is collective: a rank with fewer gets ``blank`` ones.
     """
     order = sorted(range(len(samples)), key=lambda index: (-len(samples[index].token_ids), index))
-    dealt = _lightest(order, samples, ranks)
-    tokens = [sum(len(samples[index].token_ids) for index in mine) for mine in dealt]
-    count = max(1, -(-max(tokens) // tokens_per_batch))
-    count = min(count, max(1, min(len(mine) for mine in dealt)))
-    return [
-        [[samples[index] for index in batch] or [blank(samples[0])] for batch in _lightest(mine, samples, count)]
-        for mine in dealt
-    ]
+    shares: list[list[TrainSample]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in order:
+        lightest = loads.index(min(loads))
+        shares[lightest].append(samples[index])
+        loads[lightest] += len(samples[index].token_ids)
+    dealt = [_first_fit(share, tokens_per_batch) for share in shares]
+    count = max(len(batches) for batches in dealt)
+    return [batches + [[blank(samples[-1])]] * (count - len(batches)) for batches in dealt]
+
+
+def _first_fit(samples: list[TrainSample], limit: int) -> list[list[TrainSample]]:
+    batches: list[list[TrainSample]] = []
+    loads: list[int] = []
+    for sample in samples:
+        size = len(sample.token_ids)
+        at = next((number for number, load in enumerate(loads) if load + size <= limit), len(batches))
+        if at == len(batches):
+            batches.append([])
+            loads.append(0)
+        batches[at].append(sample)
+        loads[at] += size
+    return batches
 
 
 def blank(sample: TrainSample) -> TrainSample:
     """A sample that trains nothing: its reply is counted as prompt."""
     return TrainSample(sample.token_ids, len(sample.token_ids), [], 0.0)
-
-
-def _lightest(order: list[int], samples: list[TrainSample], bins: int) -> list[list[int]]:
-    filled: list[list[int]] = [[] for _ in range(bins)]
-    loads = [0] * bins
-    for index in order:
-        lightest = loads.index(min(loads))
-        filled[lightest].append(index)
-        loads[lightest] += len(samples[index].token_ids)
-    return filled
 
 
 def policy_batch(samples: list[TrainSample], device: torch.device) -> MicroBatch:

@@ -39,17 +39,13 @@ from glm.rl.weight_sync import WeightSync
 from glm.runtime import Runtime
 from glm.tokenizer import load_tokenizer
 from glm.train.loop import restore, save
-from glm.train.plan import Progress, lr_at
+from glm.train.plan import StepPlan, plan_step
 from glm.train.step import StepOutcome, Trainer
 
 
 def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
     """Runs the stage from its newest checkpoint to ``rl.steps``."""
-    if recipe.rollout.max_staleness > 0:
-        raise RecipeError(
-            f"{recipe.stage}: rollout.max_staleness", str(recipe.rollout.max_staleness), "0; this release is synchronous",
-            "set rollout.max_staleness=0",
-        )
+    refuse_unproved(recipe)
     runtime = runtimes.start(recipe)
     folder = RunFolder.of(recipe)
     trainer = Trainer(recipe)
@@ -69,28 +65,42 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
         if runtime.is_first:
             if progress.step == 0:
                 print(table(trainer.optimizer.groups), flush=True)
-            actor = stack.enter_context(Actor(recipe, environments, folder, sync))
+            actor = stack.enter_context(Actor(recipe, environments, folder, sync, progress.step))
             rewind_samples(folder.samples(recipe.stage), progress.step)
         if actor and progress.step == 0:
             log.line(0, {"eval/phase": "before"} | actor.evaluate(0))
         while progress.step < recipe.rl.steps:
-            log.line(progress.step + 1, step(recipe, trainer, actor, sync, runtime, progress.step))
-            progress = Progress(progress.step + 1, progress.stage_tokens)
+            plan = plan_step(recipe, progress)
+            log.line(plan.step + 1, step(recipe, trainer, actor, sync, runtime, plan))
+            progress = progress.after(plan)
             if recipe.checkpoint.every_steps and progress.step % recipe.checkpoint.every_steps == 0:
                 save(trainer, recipe, folder, runtime, progress)
             if actor and recipe.evaluation.every_steps and progress.step % recipe.evaluation.every_steps == 0 \
                     and progress.step < recipe.rl.steps:
                 log.line(progress.step, {"eval/phase": "during"} | actor.evaluate(progress.step))
+        if progress.step not in store.checkpoint_steps(folder.checkpoints(recipe.stage)):
+            save(trainer, recipe, folder, runtime, progress)
         if actor:
             log.line(progress.step, {"eval/phase": "after"} | actor.evaluate(progress.step))
-    if progress.step not in store.checkpoint_steps(folder.checkpoints(recipe.stage)):
-        save(trainer, recipe, folder, runtime, progress)
     runtimes.stop()
 
 
-def step(recipe: RLRecipe, trainer: Trainer, actor: "Actor | None", sync: WeightSync, runtime: Runtime, number: int) -> dict:
+def refuse_unproved(recipe: RLRecipe) -> None:
+    """What the recipe may say and this release does not do is refused, not ignored."""
+    for key, found, allowed in (
+        ("rollout.max_staleness", recipe.rollout.max_staleness, 0), ("engine.tp", recipe.engine.tp, 1),
+        ("schedule.clock", recipe.schedule.clock, "stage"),
+    ):
+        if found != allowed:
+            raise RecipeError(
+                f"{recipe.stage}: {key}", str(found), f"{allowed}; this release does no other (README.md, Not yet)",
+                f"set {recipe.stage}.{key}={allowed}",
+            )
+
+
+def step(recipe: RLRecipe, trainer: Trainer, actor: "Actor | None", sync: WeightSync, runtime: Runtime, plan: StepPlan) -> dict:
     """One rollout, one update, one push. Returns the metrics (empty on ranks other than 0)."""
-    rolled = actor.rollout(number) if actor else None
+    rolled = actor.rollout(plan.step) if actor else None
     started = time.perf_counter()
     samples = broadcast_samples(rolled.samples if rolled else [], recipe, runtime)
     outcome = None
@@ -98,17 +108,16 @@ def step(recipe: RLRecipe, trainer: Trainer, actor: "Actor | None", sync: Weight
         batches = [policy_batch(batch, trainer.device) for batch in samples]
         clip = policy_loss(recipe.rl.clip_low, recipe.rl.clip_high)
         outcome = trainer.step(
-            batches, clip, lr=learning_rate(recipe, number), mtp_weight=recipe.losses.mtp_weight,
-            bias_update_rate=recipe.router.bias_update_rate,
+            batches, clip, lr=plan.lr, mtp_weight=plan.mtp_weight, bias_update_rate=plan.bias_update_rate,
         )
-        refuse_mismatch(recipe, outcome, number)
+        refuse_mismatch(recipe, outcome, plan.step)
     train_seconds = time.perf_counter() - started
-    push = sync.push(trainer, actor.clients if actor else [], number + 1)
+    push = sync.push(trainer, actor.clients if actor else [], plan.step + 1)
     if not actor:
         return {}
     return rolled.metrics | update_metrics(outcome) | {
-        "rl/lr": learning_rate(recipe, number), "rl/train_seconds": train_seconds, "rl/sync_seconds": push.seconds,
-        "rl/sync_bytes": push.bytes, "rl/sync_tensors_proved": push.tensors, "rl/weight_version": number + 1,
+        "rl/lr": plan.lr, "rl/train_seconds": train_seconds, "rl/sync_seconds": push.seconds,
+        "rl/sync_bytes": push.bytes, "rl/sync_tensors_proved": push.tensors, "rl/weight_version": plan.step + 1,
     }
 
 
@@ -117,11 +126,6 @@ def rewind_samples(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomically(path, "".join(line for line in lines if step and json.loads(line)["step"] < step))
-
-
-def learning_rate(recipe: RLRecipe, number: int) -> float:
-    """The schedule's clock counts steps of RL: ``warmup`` and ``decay_until`` are in steps here."""
-    return lr_at(recipe.schedule, number + 1, recipe.rl.steps)
 
 
 def broadcast_samples(samples: list[TrainSample], recipe: RLRecipe, runtime: Runtime) -> list[list[TrainSample]]:
@@ -134,7 +138,7 @@ def broadcast_samples(samples: list[TrainSample], recipe: RLRecipe, runtime: Run
 
 def refuse_mismatch(recipe: RLRecipe, outcome: StepOutcome, number: int) -> None:
     found = outcome.metrics["logprob_difference"]
-    if found > recipe.rl.max_logprob_difference:
+    if not found <= recipe.rl.max_logprob_difference:  # NaN is a mismatch too
         raise EngineError(
             f"{recipe.stage}, step {number + 1}: logprobs of rollout and trainer",
             f"mean absolute difference {found:.2e}", f"at most {recipe.rl.max_logprob_difference:.0e} (rl.max_logprob_difference)",
@@ -196,8 +200,8 @@ class RolledOut:
 class Actor:
     """Rank 0's side: the engines, and everything asked of them."""
 
-    def __init__(self, recipe: RLRecipe, environments: list[Environment], folder: RunFolder, sync: WeightSync):
-        self.recipe, self.environments, self.folder, self.sync = recipe, environments, folder, sync
+    def __init__(self, recipe: RLRecipe, environments: list[Environment], folder: RunFolder, sync: WeightSync, version: int):
+        self.recipe, self.environments, self.folder, self.sync, self.version = recipe, environments, folder, sync, version
         self.clients: list[EngineClient] = []
         self._stack = ExitStack()
 
@@ -205,7 +209,7 @@ class Actor:
         """Starts the servers on the trainer's weights and proves that they hold them."""
         try:
             servers = self._stack.enter_context(
-                engines(self.recipe, self.sync.folder, self.folder.stage(self.recipe.stage))
+                engines(self.recipe, self.sync.folder, self.folder.stage(self.recipe.stage), self.version)
             )
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
@@ -216,7 +220,8 @@ class Actor:
                 self.clients.append(self._run(client.__aenter__()))
                 self._stack.callback(lambda client=client: self._run(client.__aexit__(None, None, None)))
             self.sync.prove(self.clients)
-            self._rollout = Rollout(self.clients, load_tokenizer(self.folder.tokenizer))
+            limit = self.recipe.engine.context_length or self.recipe.model.max_position
+            self._rollout = Rollout(self.clients, load_tokenizer(self.folder.tokenizer), context_length=limit)
         except BaseException:
             self._stack.close()
             raise
@@ -241,8 +246,7 @@ class Actor:
         settings = self.recipe.evaluation
         started = time.perf_counter()
         metrics, groups = self._run(evaluate(
-            self._rollout, self.environments[0], prompts=settings.prompts, samples=settings.samples,
-            temperature=self.recipe.rollout.temperature, max_new_tokens=self.recipe.rollout.max_new_tokens,
+            self._rollout, self.environments, prompts=settings.prompts, samples=settings.samples, max_new_tokens=self.recipe.rollout.max_new_tokens,
             seed=self.recipe.seed,
         ))
         self._write_samples(groups, number)

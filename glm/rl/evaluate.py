@@ -8,12 +8,15 @@ from glm.rl.types import Environment, Group
 
 
 async def evaluate(
-    rollout: Rollout, environment: Environment, *, prompts: int, samples: int, temperature: float, max_new_tokens: int,
-    seed: int,
+    rollout: Rollout, environments: list[Environment], *, prompts: int, samples: int, max_new_tokens: int, seed: int,
 ) -> tuple[dict[str, float], list[Group]]:
-    """Metrics ``eval/...`` and the sampled groups. The prompts depend on ``seed`` only: the same before and after."""
-    held_out = [(environment, prompt) for prompt in environment.held_out(prompts, seed)]
-    sampled = await rollout.groups(held_out, samples, temperature, max_new_tokens)
+    """Metrics ``eval/...`` and the sampled groups, at temperature 1 whatever the rollouts use.
+
+    ``prompts`` are split evenly over the environments and depend on ``seed`` only: the same before and after.
+    """
+    each = -(-prompts // len(environments))
+    held_out = [(environment, prompt) for environment in environments for prompt in environment.held_out(each, seed)]
+    sampled = await rollout.groups(held_out, samples, 1.0, max_new_tokens)
     greedy = await rollout.groups(held_out, 1, 0.0, max_new_tokens)
     metrics = summary(sampled, "sampled") | summary(greedy, "greedy")
     for task in dict.fromkeys(group.prompt.task for group in sampled):

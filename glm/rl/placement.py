@@ -4,16 +4,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glm.inference.server import EngineServer, ServerSpec
+from glm.model.config import DTYPES
 from glm.recipe.schema import RLRecipe
-
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @contextmanager
-def engines(recipe: RLRecipe, model_folder: Path, log_folder: Path):
+def engines(recipe: RLRecipe, model_folder: Path, log_folder: Path, weight_version: int):
     """Starts ``engine.num_servers`` servers of the model in ``model_folder`` and yields them ready.
 
-    They are gone when the block ends, and when this process ends in any way.
+    ``weight_version`` is that of the folder's weights. They are gone when the block ends, and when this process ends in any way.
     """
     settings = recipe.engine
     servers = [
@@ -27,7 +26,8 @@ def engines(recipe: RLRecipe, model_folder: Path, log_folder: Path):
                 memory_fraction=settings.memory_fraction,
                 seed=recipe.seed * 1000 + number,
                 tp=settings.tp,
-                dtype=DTYPE_NAMES[recipe.precision.params],
+                dtype=str(DTYPES[recipe.precision.params]).removeprefix("torch."),
+                weight_version=str(weight_version),
                 extra=recipe.sglang,
             ),
             log_folder / f"engine_{number}.log",

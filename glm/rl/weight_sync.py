@@ -5,6 +5,8 @@ it, and compares the digest of every tensor of target and draft on both sides. A
 """
 
 import asyncio
+import hashlib
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,14 +16,13 @@ import torch
 
 from glm.inference.client import EngineClient
 from glm.inference.engine_layout import compare, expected_digests
+from glm.model.config import DTYPES
 from glm.platform import active
 from glm.recipe.schema import RLRecipe
 from glm.runtime import Runtime
 from glm.train.step import Trainer
 from glm.weights.gather import hf_tensors
 from glm.weights.hf_folder import write_folder
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,17 @@ class WeightSync:
 
     def __init__(self, recipe: RLRecipe, tokenizer_folder: Path, runtime: Runtime):
         self.recipe, self.tokenizer_folder, self.runtime = recipe, tokenizer_folder, runtime
-        self._memory = (
-            tempfile.TemporaryDirectory(prefix="glm-weights-", dir=active().memory_folder) if runtime.is_first else None
-        )
+        # Named after the run, so that what a killed process left is found and replaced.
+        run = hashlib.sha256(f"{Path(recipe.run_folder).resolve()}/{recipe.stage}".encode()).hexdigest()[:12]
+        self._memory = Path(active().memory_folder or tempfile.gettempdir()) / f"glm-weights-{run}"
+        if runtime.is_first:
+            self.close()
         self._tensors: dict[str, torch.Tensor] = {}
 
     @property
     def folder(self) -> Path:
         """Where the engines read the weights (rank 0)."""
-        return Path(self._memory.name) / "model"
+        return self._memory / "model"
 
     def export(self, trainer: Trainer) -> None:
         """Gathers the weights of all ranks into ``folder``."""
@@ -74,8 +77,8 @@ class WeightSync:
         return asyncio.get_event_loop().run_until_complete(self._prove(clients))
 
     def close(self) -> None:
-        if self._memory:
-            self._memory.cleanup()
+        if self.runtime.is_first:
+            shutil.rmtree(self._memory, ignore_errors=True)
 
     async def _load_and_prove(self, clients: list[EngineClient], version: int) -> int:
         await asyncio.gather(*(client.update_weights(self.folder, str(version)) for client in clients))

@@ -21,6 +21,7 @@ from glm.train.plan import Progress, StepPlan, count_steps, plan_step
 from glm.train.step import StepOutcome, Trainer, next_token_loss
 
 VALIDATION_ROWS = 32
+"""At least; every rank takes as many."""
 
 
 def train(recipe: TrainRecipe) -> None:
@@ -54,24 +55,23 @@ def train(recipe: TrainRecipe) -> None:
             log.line(progress.step, step_metrics(plan, progress, outcome, time.perf_counter() - started))
             if recipe.checkpoint.every_steps and progress.step % recipe.checkpoint.every_steps == 0:
                 save(trainer, recipe, folder, runtime, progress)
-        log.line(progress.step, {"validation/loss": validate(trainer, recipe, batches, runtime)})
         if progress.step not in store.checkpoint_steps(folder.checkpoints(recipe.stage)):
             save(trainer, recipe, folder, runtime, progress)
+        log.line(progress.step, {"validation/loss": validate(trainer, recipe, batches, runtime)})
     runtimes.stop()
 
 
 def share(first: int, count: int, runtime: Runtime) -> tuple[int, int]:
     """(first, count) of the rows of a step that this data-parallel rank trains on: the plan made them divide."""
+    assert count % runtime.dp_size == 0, (count, runtime.dp_size)
     mine = count // runtime.dp_size
     return first + runtime.dp_rank * mine, mine
 
 
 def validate(trainer: Trainer, recipe: TrainRecipe, batches: Batches, runtime: Runtime) -> float:
     """Mean loss a token on held-out rows."""
-    rows = batches.validation_rows(VALIDATION_ROWS)
-    mine = rows[runtime.dp_rank::runtime.dp_size][: len(rows) // runtime.dp_size]
-    if not mine:
-        return float("nan")
+    rows = batches.validation_rows(-(-VALIDATION_ROWS // runtime.dp_size) * runtime.dp_size)
+    mine = rows[runtime.dp_rank::runtime.dp_size]
     packed = recipe.data.packing == "best_fit"
     return trainer.evaluate(
         micro_batches(mine, recipe.batch.micro_batch_size, packed, trainer.device), next_token_loss
@@ -106,6 +106,7 @@ def save(trainer: Trainer, recipe: ModelStageRecipe, folder: RunFolder, runtime:
     info = store.CheckpointInfo(
         stage=recipe.stage, step=progress.step, stage_tokens=progress.stage_tokens,
         run_tokens=recipe.run_tokens_before + progress.stage_tokens, rotary_base=recipe.rotary_base,
+        megatron=recipe.megatron,
     )
     store.save(
         folder.checkpoints(recipe.stage), info, recipe.model, trainer.model, trainer.optimizer, runtime,

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
 
 from glm.data.problems import Problem
 from glm.errors import RecipeError
+from glm.rl.types import Environment
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,6 @@ class Prompt:
     @property
     def task(self) -> str:
         return self.problem.task
-
-
-class Environment(Protocol):
-    """One episode in messages; it never sees a token id."""
-
-    def training_prompt(self, index: int, seed: int) -> Prompt: ...
-
-    def held_out(self, count: int, seed: int) -> list[Prompt]: ...
-
-    def score(self, prompt: Prompt, reply_text: str) -> float: ...
 
 
 BUILT_IN = {"problems": "posttrain.environments.problems"}

@@ -55,7 +55,7 @@ def test_a_stage_made_with_another_recipe_is_refused_before_anything_runs(runs):
     runs("tokenizer pretrain_general")
     with pytest.raises(RecipeError) as caught:
         runs("", "pretrain_general.schedule.peak_lr=1e-3", "pretrain_general.tokens=8192")
-    assert "schedule.peak_lr: 0.006 -> 0.001\n            tokens: 921600 -> 8192" in caught.value.found
+    assert "schedule.peak_lr: 0.01 -> 0.001\n            tokens: 768000 -> 8192" in caught.value.found
     assert "run_folder=PATH" in caught.value.todo and f"rm -r {runs.folder.stage('pretrain_general')}" in caught.value.todo
     assert not (runs.folder.root / "log").exists()
 

@@ -41,7 +41,7 @@ def test_a_stage_s_fingerprint_contains_its_parents_and_the_tokenizer_s():
 
 def test_differing_keys_are_listed_with_both_values():
     old, new = (load_run(TINY, overrides).stages["pretrain_general"] for overrides in ([], ["schedule.peak_lr=1e-3", "logging.every_steps=4"]))
-    assert differing_keys(old, new) == ["schedule.peak_lr: 0.006 -> 0.001"]
+    assert differing_keys(old, new) == ["schedule.peak_lr: 0.01 -> 0.001"]
 
 
 def test_a_recipe_file_that_is_missing_torn_or_foreign_is_told(tmp_path):

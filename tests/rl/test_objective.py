@@ -49,6 +49,7 @@ def test_policy_batch_puts_logprobs_where_the_tokens_are_predicted():
     assert batch.token_ids.tolist() == [[5, 6, 7, 9] * 2]
     assert batch.labels.tolist() == [[6, 7, 9, 8] * 2]
     assert batch.loss_mask.tolist() == [[0, 0, 1, 1] * 2]
+    assert batch.extra["advantages"].tolist() == [[0, 0, 2, 2] * 2]
     assert torch.allclose(batch.extra["rollout_logprobs"][0, :4], torch.tensor([0, 0, -0.1, -0.2]))
     assert batch.position_ids.tolist() == [[0, 1, 2, 3] * 2]
 
@@ -57,8 +58,10 @@ def test_the_loss_reports_the_difference_between_trainer_and_rollout():
     sample = TrainSample([5, 6, 7, 9], prompt_length=2, rollout_logprobs=[-1.0, -2.0], advantage=1.0)
     batch = policy_batch([sample], torch.device("cpu"))
     losses = torch.tensor([[9.0, 1.1, 2.3]])  # -logprob of each label; the first is of the prompt
-    _, count, metrics = policy_loss(0.2, 0.28)(losses, batch)
+    objective, count, metrics = policy_loss(0.2, 0.28)(losses, batch)
     assert count.item() == 2
+    # logprobs -1.1 and -2.3 against -1.0 and -2.0, advantage 1: -(e^-0.1 + max(e^-0.3, ...)), the second unclipped below
+    assert objective.item() == pytest.approx(-(math.exp(-0.1) + math.exp(-0.3)), rel=1e-5)
     total, tokens = metrics["logprob_difference"]
     assert (total / tokens).item() == pytest.approx(0.2, rel=1e-5)
 
@@ -70,5 +73,6 @@ def test_dealing_loses_no_sample_and_gives_every_rank_as_many_batches(lengths, r
     dealt = deal(samples, ranks, limit)
     assert len({len(mine) for mine in dealt}) == 1
     assert all(batch for mine in dealt for batch in mine)
+    assert all(len(batch) == 1 or sum(len(sample.token_ids) for sample in batch) <= limit for mine in dealt for batch in mine)
     real = [sample.advantage for mine in dealt for batch in mine for sample in batch if sample.rollout_logprobs]
     assert sorted(real) == sorted(sample.advantage for sample in samples)

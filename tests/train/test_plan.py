@@ -76,7 +76,10 @@ def test_the_tiny_run_ends_at_the_final_learning_rate_of_its_cosine():
 
 def test_rl_takes_its_number_of_steps_and_the_replies_of_one_rollout():
     plans = list(stage_steps(TINY["rl_reasoning"]))
-    assert len(plans) == 60 and {plan.num_sequences for plan in plans} == {32 * 8} and {plan.lr for plan in plans} == {6e-4}
+    recipe = TINY["rl_reasoning"]
+    assert len(plans) == recipe.rl.steps
+    assert {plan.num_sequences for plan in plans} == {recipe.rollout.prompts_per_step * recipe.rollout.group_size}
+    assert {plan.lr for plan in plans} == {recipe.schedule.peak_lr}, "the schedule of RL is constant"
 
 
 def test_a_table_of_the_large_run_and_its_number_of_steps_take_no_time():
@@ -112,4 +115,6 @@ def test_without_decay_until_the_decay_ends_with_the_stage_on_either_clock():
     for clock in ("run", "stage"):
         overrides = [f"sft_cold_start.schedule.clock={clock}", "sft_cold_start.schedule.warmup=0"]
         plans = list(stage_steps(load_run(CONFIGS / "tiny.yaml", overrides).stages["sft_cold_start"]))
-        assert plans[-1].lr == pytest.approx(3e-4) and (plans[0].lr > 2.9e-3) == (clock == "stage")
+        schedule = TINY["sft_cold_start"].schedule
+        assert plans[-1].lr == pytest.approx(schedule.final_lr)
+        assert (plans[0].lr > 0.9 * schedule.peak_lr) == (clock == "stage")

@@ -93,6 +93,9 @@ def test_two_ranks_train_like_one(whole):
     one, two = metrics(alone, STAGE, "train/loss"), metrics(whole, STAGE, "train/loss")
     for step in (1, 2):
         assert one[step] == pytest.approx(two[step], rel=2e-5)
+    # Muon and clipping would hide expert gradients off by a factor; the norm before clipping does not
+    norms = [metrics(folder, STAGE, "train/grad_norm")[1] for folder in (alone, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert one[1] != pytest.approx(one[2], rel=1e-4), "the loss does not move, so the comparison says nothing"
 
 

@@ -24,6 +24,7 @@ def main(folder: Path, out: Path, ep: int) -> None:
         shape, layout = weights.shape, Layout(ep=ep)
         runtime = runtimes.start(StageRecipe(
             name="test", stage="test", main="none", run_folder=str(out), model=shape, platform="host", layout=layout,
+            launcher={"ranks_per_node": ep},
         ))
         asked = []
         model = build_model(transformer_config(shape, layout=layout), shape, rotary_base=weights.rotary_base)
