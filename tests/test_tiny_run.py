@@ -1,10 +1,13 @@
 """The whole path on shortened stages: raw text to a chatting, RL-tuned model, every stage real."""
 
 import json
+import shutil
+import time
 
+import psutil
 import pytest
 
-from tests.runs import TINY, glm, metrics, processes_of
+from tests.runs import TINY, glm, metrics, processes_of, started
 
 SHORTENED = (
     "pretrain_general.tokens=40960", "pretrain_code_reasoning.tokens=20480", "midtrain_repo_code.tokens=4096",
@@ -116,3 +119,50 @@ def test_the_same_command_again_does_nothing(run):
     done = glm("run", TINY, *SHORTENED, f"run_folder={run}", timeout=60)
     assert done.returncode == 0
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+FOUR_STEPS = (*SHORTENED, "rl_reasoning.rl.steps=4", "rl_reasoning.checkpoint.every_steps=2", "rl_reasoning.evaluation.prompts=8")
+
+
+@pytest.fixture(scope="module")
+def killed_in_rl(run):
+    """A copy of the run whose RL stage was killed with its engines after the checkpoint of step 2, and started again."""
+    folder = run.parent / "killed"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("rl_reasoning", "export", "chat", ".lock"))
+    process = started(folder, "rl_reasoning", *FOUR_STEPS)
+    stage = folder / "stages" / "rl_reasoning"
+    deadline = time.monotonic() + 200
+    while not (stage / "checkpoints" / "step_00000002").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.05)
+    descendants = [(child.pid, child.create_time()) for child in psutil.Process(process.pid).children(recursive=True)]
+    process.kill()
+    process.wait()
+    assert not (stage / "done.json").exists(), "killed too late to show anything"
+    return folder, descendants
+
+
+def test_no_rank_engine_or_worker_outlives_a_killed_launcher(killed_in_rl):
+    _, descendants = killed_in_rl
+    assert len(descendants) >= 4, "two ranks and two engines were expected"
+    deadline = time.monotonic() + 20
+    while (left := [one for one in descendants if is_running(*one)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
+def test_killed_rl_goes_on_from_its_checkpoint(killed_in_rl):
+    folder, _ = killed_in_rl
+    done = glm("run", TINY, "rl_reasoning", *FOUR_STEPS, f"run_folder={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continues after step 2" in done.stdout
+    assert metrics(folder, "rl_reasoning", "rl/weight_version") == {1: 1, 2: 2, 3: 3, 4: 4}
+    assert processes_of(folder) == []
+
+
+def is_running(pid: int, create_time: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == create_time and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
