@@ -1,5 +1,6 @@
 """What every rank of a stage runs: ``python -m glm.rank RECIPE_JSON`` under torchrun's environment variables."""
 
+import errno
 import importlib
 import sys
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 def run(recipe_path: Path) -> int:
     """Runs the recipe's main; returns the exit status. A user's mistake is told without a traceback."""
     from glm import platform
-    from glm.errors import UserError
+    from glm.errors import PlatformError, UserError
     from glm.platform.lifetime import die_with_parent
     from glm.platform.ranks import place
     from glm.recipe.compose import load_recipe
@@ -25,6 +26,15 @@ def run(recipe_path: Path) -> int:
         importlib.import_module(recipe.main).main(recipe)
     except UserError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        full = PlatformError(
+            error.filename or "a file of the run folder", error.strerror, "room on the disk",
+            "make room and run the same command again; what was finished is intact",
+        )
+        print(f"\n{type(full).__name__}: {full}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

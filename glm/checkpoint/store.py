@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from glm.checkpoint.run_folder import write_json
 from glm.errors import CheckpointError, PlatformError
@@ -79,9 +80,11 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
             _publish(draft, final, info, shape, "bf16" if next(model.parameters()).dtype is torch.bfloat16 else "fp32")
             for step in checkpoint_steps(folder)[:-keep]:
                 shutil.rmtree(folder / _name(step))
-    except (OSError, CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:  # a writer's death is a RuntimeError
+        reason = str(error).strip().splitlines()[-1][:300]
+        free = shutil.disk_usage(folder).free
         raise PlatformError(
-            str(draft), f"{type(error).__name__}: {error}", "a checkpoint written whole",
+            str(draft), f"{type(error).__name__}: {reason} ({free / 1e6:.0f} MB free)", "a checkpoint written whole",
             "make room on the disk and run the same command again; earlier checkpoints are intact",
         ) from error
     dist.barrier()
