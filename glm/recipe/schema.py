@@ -8,7 +8,7 @@ from glm.recipe.sections import (
     Batch, Checkpoint, Data, Engine, Evaluation, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
     Reinforcement, Rollout, Router, Schedule, Section, Tokenizer,
 )
-from glm.recipe.units import Count
+from glm.recipe.units import PositiveCount
 
 
 class StageRecipe(Section):
@@ -48,8 +48,8 @@ class TokenizerRecipe(StageRecipe):
 class ModelStageRecipe(StageRecipe):
     """A stage that trains weights."""
 
-    sequence_length: int
-    rotary_base: Count
+    sequence_length: PositiveCount
+    rotary_base: PositiveCount
     batch: Batch
     optimizer: Muon = Muon()
     schedule: Schedule
@@ -65,7 +65,7 @@ class ModelStageRecipe(StageRecipe):
 class TrainRecipe(ModelStageRecipe):
     """pretrain.train, midtrain.train, posttrain.sft: next-token training on a mixture."""
 
-    tokens: Count
+    tokens: PositiveCount
     data: Data
 
 
@@ -83,7 +83,7 @@ class RLRecipe(ModelStageRecipe):
 class ExportRecipe(StageRecipe):
     """posttrain.export: the newest checkpoint of the parent as a Hugging Face folder, verified."""
 
-    rotary_base: Count = 1_000_000
+    rotary_base: PositiveCount = 1_000_000
     verify_tokens: int = 64
     """Random tokens whose logits transformers and megatron must agree on."""
     verify_tolerance: float = 1e-4

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from glm.recipe.units import Count
+from glm.recipe.units import Count, PositiveCount
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -92,8 +92,8 @@ class Launcher(Section):
     nodes: Positive = 1
     ranks_per_node: Positive = 1
     threads_per_rank: Positive = 1
-    timeout_seconds: Positive = 600
-    """A rank that waits longer for another gives up, and all stop."""
+    timeout_seconds: Positive = 1800
+    """A rank that waits longer for another gives up, and all stop. Rank 0 prepares the data of a stage while the others wait."""
 
 
 class Precision(Section):
@@ -109,14 +109,14 @@ class Kernels(Section):
 class TokenRamp(Section):
     """A value that rises linearly in run tokens and then stays."""
 
-    start: Count
-    end: Count
-    over: Count
+    start: PositiveCount
+    end: PositiveCount
+    over: PositiveCount
     """Run tokens the rise takes."""
 
 
 class Batch(Section):
-    tokens: TokenRamp | Count
+    tokens: TokenRamp | PositiveCount
     """Tokens of one optimizer step over all ranks: 16M to 64M over 500B (P 2.4)."""
     micro_batch_size: Positive = 1
     """Sequences one rank sends through the model at a time."""
@@ -160,9 +160,9 @@ class Schedule(Section):
     shape: Literal["cosine", "linear", "constant"] = "cosine"
     peak_lr: NonNegative
     final_lr: NonNegative
-    warmup: Count = 0
+    warmup: Annotated[Count, Field(ge=0)] = 0
     """Tokens from 0 to peak_lr."""
-    decay_until: Count | None = None
+    decay_until: PositiveCount | None = None
     """Tokens at which final_lr is reached; none: the end of this stage."""
 
 
@@ -205,7 +205,7 @@ class Data(Section):
     """truncate: concatenate and cut (P 2.3, pretraining). best_fit: nothing that fits is cut, attention stays inside a document."""
     documents: str | None = None
     """The user's own text: a folder or file of text, jsonl or parquet. None: the running Python installation."""
-    problems: Count = 20_000
+    problems: PositiveCount = 20_000
     """How many procedurally generated problems to draw."""
 
     @model_validator(mode="after")
@@ -231,7 +231,7 @@ class Logging(Section):
 class Tokenizer(Section):
     vocab_size: Positive
     """All entries, control tokens included."""
-    sample_bytes: Count = 8_000_000
+    sample_bytes: PositiveCount = 8_000_000
     """Text the tokenizer is trained on."""
 
 

@@ -3,7 +3,7 @@
 from decimal import Decimal, InvalidOperation
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 _FACTORS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -39,3 +39,5 @@ def format_count(count: int) -> str:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number of tokens, parameters or items; accepts ``15T`` and the like."""
+PositiveCount = Annotated[Count, Field(gt=0)]
+"""A count of at least one."""
