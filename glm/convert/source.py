@@ -1,4 +1,4 @@
-"""Which checkpoint a path means: a checkpoint itself, or a run whose last finished stage is taken."""
+"""Which checkpoint a path means: one itself, the newest of a folder of them, or that of a run's last finished stage."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,15 @@ class Source:
 
 
 def find_source(path: Path, stage: str | None = None) -> Source:
-    """The checkpoint at ``path``, or in the run ``path`` the newest one of ``stage``.
+    """The checkpoint at ``path``, the newest in the folder ``path``, or in the run ``path`` the newest one of ``stage``.
 
     Without ``stage``: of the training stage that finished last. Raises CheckpointError when there is none.
     """
     path = Path(path)
     if (path / store.MANIFEST).is_file():
         return Source(path, _tokenizer(_run_of(path)))
+    if newest := store.newest_checkpoint(path):  # the folder from_hf wrote, or a stage's checkpoints
+        return Source(newest, _tokenizer(_run_of(newest)))
     run = RunFolder(path)
     stages = sorted(folder.name for folder in (path / "stages").glob("*") if store.checkpoint_steps(run.checkpoints(folder.name)))
     if not stages:

@@ -70,7 +70,7 @@ def test_import_and_export_change_no_byte(tmp_path, folder, run, exported):
     assert before.keys() == after.keys()
     assert [name for name in before if before[name].numpy().tobytes() != after[name].numpy().tobytes()] == []
     from_hf(exported, tmp_path / "again")
-    to_hf(tmp_path / "again/step_00000000", tmp_path / "twice", tokenizer=run / "tokenizer")
+    to_hf(tmp_path / "again", tmp_path / "twice", tokenizer=run / "tokenizer")
     same = {path.name: path.read_bytes() for path in exported.iterdir() if path.name != "manifest.json"}
     assert {path.name: path.read_bytes() for path in (tmp_path / "twice").iterdir() if path.name != "manifest.json"} == same
 
