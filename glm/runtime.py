@@ -11,6 +11,7 @@ import torch.distributed as dist
 from glm.errors import PlatformError
 from glm.platform import active
 from glm.platform.ranks import place
+from glm.recipe.check import refuse_unproved
 from glm.recipe.schema import StageRecipe
 
 
@@ -41,7 +42,7 @@ def start(recipe: StageRecipe) -> Runtime:
 
     layout = recipe.layout
     rank, world_size = place().rank, place().world_size
-    _refuse_unproved(recipe)
+    refuse_unproved(recipe)
     if world_size != recipe.world_size:
         raise PlatformError(
             f"{recipe.stage}: launcher", f"{world_size} ranks were started", f"{recipe.world_size}, as the recipe says",
@@ -88,20 +89,3 @@ def stop() -> None:
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def _refuse_unproved(recipe: StageRecipe) -> None:
-    """What a recipe may say and this release does not do is refused, not ignored."""
-    layout = recipe.layout
-    for axis in ("tp", "pp", "cp", "etp"):
-        if getattr(layout, axis) > 1:
-            raise PlatformError(
-                f"{recipe.stage}: layout.{axis}", f"{axis}: {getattr(layout, axis)}",
-                f"{axis}: 1; this release proves data and expert parallelism only (docs/design.md, Layouts)",
-                f"set layout.{axis}=1, or wait for the layout proofs",
-            )
-    if recipe.kernels.attention != "sdpa":
-        raise PlatformError(
-            f"{recipe.stage}: kernels.attention", recipe.kernels.attention, "sdpa; transformer-engine is not wired in yet",
-            "set kernels.attention=sdpa in the hardware file",
-        )

@@ -16,10 +16,10 @@ def command_line(recipe: StageRecipe, recipe_file: Path) -> str:
     launcher = recipe.launcher
     torchrun = ["torchrun", f"--nnodes={launcher.nodes}", f"--nproc-per-node={launcher.ranks_per_node}"]
     prefix = f"OMP_NUM_THREADS={launcher.threads_per_rank} "
-    if launcher.kind == "local" or recipe.world_size == 1:
+    if not on_cluster(recipe):
         return prefix + shlex.join([*torchrun, "-m", "glm.rank", str(recipe_file)])
     # HEAD is a variable of the shell: the first node of the allocation, known only there.
-    rendezvous = f'--rdzv-backend=c10d --rdzv-id={recipe.stage} --rdzv-endpoint="$HEAD:{RENDEZVOUS_PORT}"'
+    rendezvous = f'--rdzv-backend=c10d --rdzv-id={shlex.quote(recipe.stage)} --rdzv-endpoint="$HEAD:{RENDEZVOUS_PORT}"'
     srun = ["srun", f"--nodes={launcher.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *torchrun]
     return f"{prefix}{shlex.join(srun)} {rendezvous} {shlex.join(['-m', 'glm.rank', str(recipe_file)])}"
 
@@ -29,19 +29,29 @@ def head_line() -> str:
     return 'HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
 
 
+def on_cluster(recipe: StageRecipe) -> bool:
+    """Whether the stage is started by srun; a stage of one rank runs where `glm run` does."""
+    return recipe.launcher.kind == "slurm" and recipe.world_size > 1
+
+
 def run_on_cluster(recipe: StageRecipe, recipe_file: Path) -> None:
     """Runs a stage inside the Slurm allocation this process belongs to. Raises PlatformError outside one, or if it fails."""
-    launcher = recipe.launcher
-    if "SLURM_JOB_NODELIST" not in os.environ:
-        raise PlatformError(
-            f"stage {recipe.stage}, launcher.kind slurm", "no Slurm allocation (SLURM_JOB_NODELIST is not set)",
-            f"{launcher.nodes} nodes with {launcher.ranks_per_node} devices each",
-            f"sbatch --nodes={launcher.nodes} --gpus-per-node={launcher.ranks_per_node} --wrap 'glm run …', or see `glm run … --dry-run`",
-        )
+    require_allocation(recipe)
     script = f"{head_line()}\n{command_line(recipe, recipe_file)}"
     code = subprocess.run(["bash", "-euc", script], check=False).returncode
     if code:
         raise PlatformError(
             f"stage {recipe.stage}", f"srun ended with code {code}", "every rank to end with code 0",
             "its last words are above; the same command continues from the newest checkpoint",
+        )
+
+
+def require_allocation(recipe: StageRecipe) -> None:
+    """Raises PlatformError outside a Slurm allocation."""
+    launcher = recipe.launcher
+    if "SLURM_JOB_NODELIST" not in os.environ:
+        raise PlatformError(
+            f"stage {recipe.stage}, launcher.kind slurm", "no Slurm allocation (SLURM_JOB_NODELIST is not set)",
+            f"{launcher.nodes} nodes with {launcher.ranks_per_node} devices each",
+            f"sbatch --nodes={launcher.nodes} --gpus-per-node={launcher.ranks_per_node} --wrap 'glm run …', or see `glm run … --dry-run`",
         )

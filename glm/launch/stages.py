@@ -10,8 +10,9 @@ from typing import Callable
 
 from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.errors import PlatformError, RecipeError
-from glm.launch.cluster import run_on_cluster
+from glm.launch.cluster import on_cluster, run_on_cluster
 from glm.launch.local import rank_command, run_ranks
+from glm.launch.preflight import preflight
 from glm.recipe.compose import Run
 from glm.recipe.saved import differing_keys, dump_recipe, load_recipe
 from glm.recipe.schema import StageRecipe
@@ -26,7 +27,8 @@ def run_stages(
     ``command``: from the recipe file of a stage to what each of its ranks executes on this machine.
 
     Everything that can be refused is refused before the first stage starts: an unknown stage, one made with another
-    recipe, a parent that is not there, a folder another `glm run` is using. Raises RecipeError or PlatformError.
+    recipe, a parent that is not there, a folder another `glm run` is using, and what `preflight` finds for any of them.
+    Raises RecipeError or PlatformError.
     """
     selected = select(run, chosen)
     folder, prints = RunFolder(run.run_folder), run.fingerprints()
@@ -36,6 +38,7 @@ def run_stages(
             if stage not in done:
                 refuse_other_recipe(run, folder, stage, prints[stage])
         _require_parents(run, selected, done)
+        preflight([run.stages[stage] for stage in selected if stage not in done])
         for stage in selected:
             if stage in done:
                 say(f"{stage}: done before, skipped")
@@ -60,7 +63,7 @@ def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str, command
     stage = recipe.stage
     write_json(folder.recipe(stage), dump_recipe(recipe))
     write_json(started_file(folder, stage), {"fingerprint": fingerprint})
-    if recipe.launcher.kind == "slurm" and recipe.world_size > 1:
+    if on_cluster(recipe):
         run_on_cluster(recipe, folder.recipe(stage))
     else:
         run_ranks(

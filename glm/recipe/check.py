@@ -1,6 +1,6 @@
-"""Combinations that cannot run, found before anything starts."""
+"""Combinations that cannot run, and what this release does not do yet: both found before anything starts."""
 
-from glm.errors import RecipeError
+from glm.errors import PlatformError, RecipeError
 from glm.recipe.schema import ModelStageRecipe, RLRecipe, StageRecipe, TokenizerRecipe
 
 
@@ -20,6 +20,40 @@ def check_stage(recipe: StageRecipe, places: dict[str, str], tokenizer_size: int
     _check_layout(recipe, require)
     if isinstance(recipe, ModelStageRecipe):
         _check_lengths(recipe, require)
+
+
+def refuse_unproved(recipe: StageRecipe) -> None:
+    """What a recipe may say and this release does not do is refused when it is to run, not ignored.
+
+    Only stages that train weights divide a model; others are one process, whatever their layout says.
+    Raises PlatformError for a layout or kernel that is not wired in, RecipeError for a way of RL that is not.
+    """
+    if not isinstance(recipe, ModelStageRecipe):
+        return
+    for axis in ("tp", "pp", "cp", "etp"):
+        size = getattr(recipe.layout, axis)
+        if size > 1:
+            raise PlatformError(
+                f"{recipe.stage}: layout.{axis}", f"{axis}: {size}",
+                f"{axis}: 1; this release proves data and expert parallelism only (docs/design.md, Layouts)",
+                f"set layout.{axis}=1, or wait for the layout proofs",
+            )
+    if recipe.kernels.attention != "sdpa":
+        raise PlatformError(
+            f"{recipe.stage}: kernels.attention", recipe.kernels.attention, "sdpa; transformer-engine is not wired in yet",
+            "set kernels.attention=sdpa in the hardware file",
+        )
+    if not isinstance(recipe, RLRecipe):
+        return
+    for key, found, allowed in (
+        ("rollout.max_staleness", recipe.rollout.max_staleness, 0), ("engine.tp", recipe.engine.tp, 1),
+        ("schedule.clock", recipe.schedule.clock, "stage"),
+    ):
+        if found != allowed:
+            raise RecipeError(
+                f"{recipe.stage}: {key}", str(found), f"{allowed}; this release does no other (README.md, Not yet)",
+                f"set {recipe.stage}.{key}={allowed}",
+            )
 
 
 def data_parallel_size(recipe: StageRecipe) -> int:

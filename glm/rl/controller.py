@@ -21,11 +21,12 @@ import torch.distributed as dist
 from glm import runtime as runtimes
 from glm.checkpoint import store
 from glm.checkpoint.run_folder import RunFolder, write_atomically
-from glm.errors import EngineError, RecipeError
+from glm.errors import EngineError
 from glm.inference.client import EngineClient
 from glm.inference.speculative import acceptance_length
 from glm.metrics.log import MetricLog
 from glm.optim.param_groups import table
+from glm.recipe.check import refuse_unproved
 from glm.recipe.compose import dump_recipe
 from glm.recipe.schema import RLRecipe
 from glm.rl.advantage import group_advantages
@@ -83,19 +84,6 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
         if actor:
             log.line(progress.step, {"eval/phase": "after"} | actor.evaluate(progress.step))
     runtimes.stop()
-
-
-def refuse_unproved(recipe: RLRecipe) -> None:
-    """What the recipe may say and this release does not do is refused, not ignored."""
-    for key, found, allowed in (
-        ("rollout.max_staleness", recipe.rollout.max_staleness, 0), ("engine.tp", recipe.engine.tp, 1),
-        ("schedule.clock", recipe.schedule.clock, "stage"),
-    ):
-        if found != allowed:
-            raise RecipeError(
-                f"{recipe.stage}: {key}", str(found), f"{allowed}; this release does no other (README.md, Not yet)",
-                f"set {recipe.stage}.{key}={allowed}",
-            )
 
 
 def step(recipe: RLRecipe, trainer: Trainer, actor: "Actor | None", sync: WeightSync, runtime: Runtime, plan: StepPlan) -> dict:

@@ -87,6 +87,18 @@ def test_a_stage_without_its_parent_says_which_one_is_missing(runs):
     assert caught.value.found == "pretrain_code_reasoning is not done"
 
 
+@pytest.mark.parametrize(("override", "found"), [
+    ("sft_cold_start.kernels.attention=te", "te"), ("sft_cold_start.layout={tp: 2, ep: 1}", "tp: 2"), ("rl_reasoning.engine.tp=2", "2"),
+    ("rl_reasoning.rollout.max_staleness=1", "1"), ("export.logging.wandb=offline", "offline, but wandb is not installed"),
+])
+def test_what_a_later_stage_would_be_refused_for_is_refused_before_the_first_one(runs, override, found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises((PlatformError, RecipeError)) as caught:
+        runs("", override)
+    assert caught.value.found == found and not (runs.folder.root / "stages").exists()
+    assert runs("tokenizer", override) == ["tokenizer0"], "a stage that is not selected refuses nothing"
+
+
 def test_an_unknown_stage_is_named_with_the_nearest(runs):
     with pytest.raises(RecipeError, match="did you mean `rl_reasoning`"):
         runs("rl_reasonin")
