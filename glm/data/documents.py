@@ -5,6 +5,7 @@ A corpus is an iterator of (name, text); the same installation or folder always 
 
 import hashlib
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ TEXT_SUFFIXES = {
     ".java", ".js", ".ts", ".go", ".rs", ".rb", ".php", ".cs", ".scala", ".kt", ".swift", ".sh", ".sql", ".toml", ".yaml", ".yml",
 }
 RECORD_SUFFIXES = {".jsonl", ".parquet"}
+UNDECODABLE = object()
+"""Stands for a parquet value that is not UTF-8."""
 
 
 def check_corpus(name: str) -> None:
@@ -80,13 +83,25 @@ def user_files(path: Path) -> list[Path]:
     return files
 
 
+def _unreadable(file: Path, error: OSError) -> DataError:
+    todo = "give yourself the right to read it, or move it away"
+    return DataError(str(file), f"not readable: {error.strerror or error}", "a file that can be read", todo)
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
 def _check_encoding(files: list[Path]) -> None:
     """Raises DataError naming the first file that is not UTF-8, and how many are not."""
     broken: list[tuple[Path, UnicodeDecodeError]] = []
     for file in files:
         if file.suffix.lower() not in RECORD_SUFFIXES:
             try:
-                file.read_bytes().decode()
+                _read_bytes(file).decode()
             except UnicodeDecodeError as error:
                 broken.append((file, error))
     if broken:
@@ -112,30 +127,38 @@ def user_documents(path: Path, *, mixed: bool = False) -> Iterator[tuple[str, st
         elif suffix == ".parquet":
             yield from _parquet_documents(file)
         else:
-            yield str(file), file.read_bytes().decode()
+            yield str(file), _read_bytes(file).decode()
 
 
 def _jsonl_documents(file: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with file.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                if raw.strip():
+                    where = f"{file}, line {number}"
+                    yield where, _jsonl_text(where, raw)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _jsonl_text(where: str, raw: bytes) -> str:
     expected, todo = 'one JSON object a line with a "text" string', "correct or remove the line"
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode())
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise DataError(where, f"not JSON in UTF-8: {error}", expected, todo) from error
-            if not isinstance(record, dict) or "text" not in record:
-                found = f"keys {', '.join(sorted(record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise DataError(where, found, expected, todo)
-            if not isinstance(record["text"], str):
-                raise DataError(where, f'"text" is a {type(record["text"]).__name__}', expected, todo)
-            try:
-                record["text"].encode()
-            except UnicodeEncodeError as error:
-                raise DataError(where, f'"text" is not Unicode: {error.reason}', expected, todo) from error
-            yield where, record["text"]
+    try:
+        record = json.loads(raw.decode())
+    except RecursionError as error:
+        raise DataError(where, "JSON nested too deeply to be read", expected, todo) from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise DataError(where, f"not JSON in UTF-8: {error}", expected, todo) from error
+    if not isinstance(record, dict) or "text" not in record:
+        found = f"keys {', '.join(sorted(record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise DataError(where, found, expected, todo)
+    if not isinstance(record["text"], str):
+        raise DataError(where, f'"text" is a {type(record["text"]).__name__}', expected, todo)
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:
+        raise DataError(where, f'"text" is not Unicode: {error.reason}', expected, todo) from error
+    return record["text"]
 
 
 def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
@@ -145,7 +168,7 @@ def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
     expected = 'a parquet file with a column "text" of strings'
     try:
         table = pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(str(file), f"not readable as parquet: {error}", expected, "write the file again or remove it") from error
     with table:
         names = table.schema_arrow.names
@@ -154,15 +177,28 @@ def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
         row = 0
         try:
             for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-                for text in batch.column(0).to_pylist():
+                for text in _column_texts(batch.column(0)):
                     if not isinstance(text, str):
-                        found = f'"text" is a {type(text).__name__}'
+                        found = "bytes that are not UTF-8" if text is UNDECODABLE else f'"text" is a {type(text).__name__}'
                         raise DataError(f"{file}, row {row}", found, expected, "correct or remove the row")
                     yield f"{file}, row {row}", text
                     row += 1
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             todo = "write the file again or remove it"
             raise DataError(f"{file}, after row {row}", f"broken parquet: {error}", expected, todo) from error
+
+
+def _column_texts(column) -> Iterator[object]:
+    """The values of an arrow column; UNDECODABLE for one that calls itself a string and is not UTF-8, which arrow does not
+    check when it reads."""
+    try:
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        for value in column:
+            try:
+                yield value.as_py()
+            except UnicodeDecodeError:
+                yield UNDECODABLE
 
 
 def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) -> str:
@@ -173,8 +209,11 @@ def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) 
         digest.update(json.dumps([corpus, problems, seed, sample]).encode())
     elif path is not None:
         for file in user_files(Path(path)):
-            status = file.stat()
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise _unreadable(file, error) from error
+            digest.update(os.fsencode(file) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     else:
         digest.update(f"{corpus} {sys.version} {DEFAULT_CORPUS_BYTES}".encode())
     return digest.hexdigest()

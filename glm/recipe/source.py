@@ -50,22 +50,32 @@ def read_yaml(path: Path) -> Placed:
         raise RecipeError(name, "no such file", "a recipe file", _neighbours(path)) from None
     except IsADirectoryError:
         raise RecipeError(name, "a folder", "a recipe file", "name a .yaml file in it") from None
+    except OSError as problem:
+        raise RecipeError(name, f"not readable: {problem.strerror or problem}", "a recipe file",
+                          "give yourself the right to read it, or name another file") from None
+    except UnicodeDecodeError as problem:
+        line = problem.object[: problem.start].count(b"\n") + 1
+        raise RecipeError(f"{name}:{line}", f"byte 0x{problem.object[problem.start]:02x}, which is not UTF-8", "UTF-8 text",
+                          "convert the file (iconv -t utf-8)") from None
     return parse_yaml(text, name)
 
 
 def parse_yaml(text: str, name: str) -> Placed:
     """As read_yaml, for text; ``name`` is what the messages call it."""
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        placed = Placed({}, f"{name}:1") if node is None else _place(loader, node, name)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            placed = Placed({}, f"{name}:1") if node is None else _place(loader, node, name)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         found = getattr(problem, "problem", None) or str(problem)
         raise RecipeError(where, found, "YAML", "mend the line named above") from None
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise RecipeError(name, "nested too deeply to be read", "YAML", "write it with fewer levels") from None
     if not placed.is_map:
         raise RecipeError(placed.origin, repr(placed.value), "a map of keys to values", "write `key: value` lines")
     return placed

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -94,6 +95,8 @@ def test_undecodable_files_are_counted_and_the_first_is_named_with_its_line(tmp_
     ("[1]", ["line 2", "a list"]),
     ('{"text": "x"', ["line 2", "not JSON"]),
     ('{"text": "\\ud800"}', ["line 2", "not Unicode"]),
+    ('{"text": "x", "tree": ' + "[" * 100_000, ["line 2", "nested too deeply"]),
+    ('{"text": "x", "id": ' + "9" * 5000 + "}", ["line 2", "not JSON"]),
 ])
 def test_a_bad_line_of_jsonl_is_named(tmp_path, line, parts):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "good"}) + "\n" + line + "\n")
@@ -108,6 +111,20 @@ def test_parquet_without_the_column_lists_the_columns(tmp_path):
 def test_parquet_with_a_null_names_the_row(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
     check_error(tmp_path, "a.parquet, row 1", "NoneType")
+
+
+def test_parquet_strings_that_are_not_utf8_name_the_row(tmp_path):
+    raw = b"fine" + b"also" + "caf\xe9".encode("latin-1")
+    offsets = pyarrow.py_buffer(np.array([0, 4, 8, 12], dtype=np.int32).tobytes())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(raw)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    check_error(tmp_path, "a.parquet, row 2", "not UTF-8")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")  # opens for everyone, and fails to read at its beginning, for root too
+    check_error(tmp_path, name, "not readable")
 
 
 def test_broken_parquet_is_an_error(tmp_path):

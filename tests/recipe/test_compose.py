@@ -225,6 +225,19 @@ def test_an_override_without_a_value_and_one_of_the_bookkeeping_are_refused(fold
     assert "model" in complaint(folder(), "learn.model.hidden_size=64").found
 
 
+def test_a_file_that_is_not_text_or_cannot_be_read_is_named(folder):
+    broken = folder().parent / "broken.yaml"
+    broken.write_bytes(b"name: x\nnote: caf\xe9\n")
+    assert complaint(broken).where.endswith("broken.yaml:2") and "0xe9" in complaint(broken).found
+    broken.write_bytes(b"name: \x07\n")
+    assert "broken.yaml" in complaint(broken).where
+    broken.write_text("name: " + "[" * 5000)
+    assert "nested too deeply" in complaint(broken).found
+    broken.unlink()
+    broken.symlink_to("/proc/self/mem")  # opens for everyone, and fails to read at its beginning, for root too
+    assert "not readable" in complaint(broken).found
+
+
 def test_broken_yaml_names_its_line(folder):
     error = complaint(folder(run="model: m\nhardware: [h\nstages: {}\n"))
     assert error.where.endswith("run.yaml:3") and error.expected == "YAML"
