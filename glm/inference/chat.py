@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Sequence
 
 from glm.checkpoint.run_folder import RunFolder
-from glm.errors import CheckpointError
+from glm.errors import CheckpointError, EngineError
 from glm.inference.client import EngineClient
 from glm.inference.server import EngineServer, ServerSpec
 
@@ -71,8 +71,14 @@ async def _converse(server: EngineServer, console, max_new_tokens: int, temperat
                 console.print(HELP, style="dim")
             else:
                 messages.append({"role": "user", "content": text})
-                reasoning, answer = await client.chat(messages, thinking=thinking, max_new_tokens=max_new_tokens,
-                                                      temperature=temperature)
+                try:
+                    reasoning, answer = await client.chat(messages, thinking=thinking, max_new_tokens=max_new_tokens,
+                                                          temperature=temperature)
+                except EngineError as problem:  # most often a conversation longer than the model's context
+                    console.print(str(problem), style="red", markup=False, highlight=False)
+                    console.print("that turn is forgotten; /new forgets the whole conversation", style="dim")
+                    messages.pop()
+                    continue
                 if reasoning:
                     console.print(reasoning.strip(), style="dim italic", markup=False)
                 console.print("glm  ", style="bold green", end="")

@@ -45,7 +45,7 @@ class EngineClient:
         self._retries = connection_retries
         self._session: aiohttp.ClientSession | None = None
         self.retried = 0
-        """Requests sent again because the connection failed. Anything else that fails is raised."""
+        """Requests sent again because the connection failed or broke off. Anything else that fails is raised."""
 
     async def __aenter__(self) -> "EngineClient":
         self._session = aiohttp.ClientSession(
@@ -136,16 +136,19 @@ class EngineClient:
                 async with self._session.request(method, self.url + path, json=body) as response:
                     json_body = response.content_type == "application/json"
                     return response.status, await (response.json() if json_body else response.text())
-            except aiohttp.ClientConnectionError as problem:
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as problem:
                 if attempt == self._retries:
                     raise EngineError(f"inference server {self.url}{path}",
-                                      f"no connection after {attempt + 1} attempts ({problem})", "a running server",
+                                      f"no whole answer in {attempt + 1} attempts ({problem})", "a running server",
                                       "see whether the server is alive and read its log") from None
                 self.retried += 1
                 await asyncio.sleep(0.2 * 2**attempt)
             except asyncio.TimeoutError:
                 raise EngineError(f"inference server {self.url}{path}", f"no answer within {self._timeout.total:.0f} s",
                                   "an answer", "raise engine.request_timeout_seconds, or send fewer tokens a request") from None
+            except (aiohttp.ClientError, ValueError) as problem:  # not HTTP, not JSON, or not text
+                raise EngineError(f"inference server {self.url}{path}", f"an unusable answer: {problem!r}", "JSON or text",
+                                  "see whether the port is that of the server, and read its log") from None
 
     def _fail(self, path: str, status: int, body):
         raise EngineError(f"inference server {self.url}{path}", f"status {status}: {str(body)[:2000]}", "status 200",

@@ -81,7 +81,7 @@ class EngineServer:
 
     def start(self) -> None:
         """Starts the process and returns at once. Raises PlatformError when the port is taken, EngineError when the
-        folder holds no model."""
+        folder holds no model or the process ends at once."""
         assert self._process is None, "already started"
         if not (Path(self.spec.model_folder) / "config.json").is_file():
             raise EngineError(f"model folder {self.spec.model_folder}", "no config.json in it", "a Hugging Face model folder",
@@ -102,20 +102,32 @@ class EngineServer:
                 start_new_session=True,
                 env=server_environment(self.spec.platform, batch_invariant=self.spec.batch_invariant, scratch=self._scratch.name),
             )
-        self._process.stdin.write(json.dumps(settings).encode())
-        self._process.stdin.close()
+        try:
+            with self._process.stdin as pipe:
+                pipe.write(json.dumps(settings).encode())
+        except BrokenPipeError:
+            self.stop()
+            self._fail(f"the server stopped with status {self._process.returncode} before it read its settings")
 
     def wait_ready(self, timeout_seconds: float = 180) -> None:
         """Returns when the server answers. Raises EngineError with the end of its log when it stops or takes too long."""
         assert self._process is not None, "not started"
         deadline = time.monotonic() + timeout_seconds
-        while not self._healthy():
+        while True:
+            answers = self._get("/health") == 200
+            # asked after the answer: a server that found its port taken meanwhile is gone, and another one answered
             if self._process.poll() is not None:
                 self._fail(f"the server stopped with status {self._process.returncode}")
+            if answers:
+                break
             if time.monotonic() > deadline:
                 self.stop()
                 self._fail(f"no answer after {timeout_seconds:.0f} s")
             time.sleep(0.1)
+        status = self._get("/model_info", key=self.spec.api_key), self._get("/model_info", key="another key")
+        if status != (200, 401):
+            self.stop()
+            self._fail(f"another server answers on its port: status {status[0]} to the key, {status[1]} to another key")
 
     def stop(self, grace_seconds: float = 1) -> None:
         """Asks the server to end, and after ``grace_seconds`` ends every process of its group. It would drain for 7 s by
@@ -141,13 +153,14 @@ class EngineServer:
     def _config(self) -> dict:
         return json.loads((Path(self.spec.model_folder) / "config.json").read_text())
 
-    def _healthy(self) -> bool:
+    def _get(self, path: str, *, key: str | None = None) -> int | None:
+        """The status of the answer; None where nobody answers."""
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
+            connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+            return connection.getresponse().status
         except (OSError, http.client.HTTPException):
-            return False
+            return None
         finally:
             connection.close()
 

@@ -1,11 +1,14 @@
 """Starting, failing and ending a server process."""
 
+import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -48,6 +51,50 @@ def test_the_escape_map_may_not_set_what_the_recipe_owns():
         with pytest.raises(RecipeError, match="decides elsewhere"):
             checked_arguments({}, {key: 1})
     assert checked_arguments({"port": 1}, {"chunked_prefill_size": 64}) == {"port": 1, "chunked_prefill_size": 64}
+
+
+def test_a_server_that_ends_before_it_reads_its_settings_is_told_with_its_log(model_folder, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho broken installation\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    spec = ServerSpec(model_folder, "host", extra={"note": "x" * 500_000})  # more than a pipe holds: the write meets its end
+    with pytest.raises(EngineError, match="(?s)status 3.*broken installation"):
+        EngineServer(spec, tmp_path / "log").start()
+
+
+@pytest.fixture
+def stranger():
+    """Somebody else's server: says 200 to everything."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running.server_address[1]
+        running.shutdown()
+
+
+@pytest.mark.parametrize("seconds, found", [(0, "stopped with status 0"), (60, "another server answers")])
+def test_a_stranger_that_answers_on_the_port_is_not_taken_for_the_server(model_folder, tmp_path, stranger, seconds, found):
+    server = EngineServer(ServerSpec(model_folder, "host"), tmp_path / "log")
+    server._scratch = tempfile.TemporaryDirectory()
+    server.port = stranger
+    server._process = subprocess.Popen(["sleep", str(seconds)], start_new_session=True)
+    if not seconds:
+        server._process.wait()
+    try:
+        with pytest.raises(EngineError, match=found):
+            server.wait_ready(10)
+    finally:
+        server.stop()
 
 
 def group_of(leader):
