@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 GIB = 1 << 30
-LEAST_MEMORY, LEAST_SHM, LEAST_DISK = 8 * GIB, GIB // 2, 5 * GIB
+LEAST_MEMORY, LEAST_DISK = 5 * GIB, 5 * GIB
 """What the tiny run was seen to need, with room to spare."""
+LEAST_SHM, GOOD_SHM = 64_000_000, GIB // 2
+"""A container gets 64 MiB if nothing else is said; the tiny run lives with that, larger weights do not."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ def diagnose(as_json: bool = False) -> int:
 
 def python_version() -> list[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
-    new_enough = sys.version_info >= (3, 11)
-    return [Finding("Python", "fine" if new_enough else "wrong", found, "" if new_enough else "3.11 or newer is needed")]
+    fits = (3, 11) <= sys.version_info < (3, 14)
+    return [Finding("Python", "fine" if fits else "wrong", found, "" if fits else "the pinned packages exist for 3.11 to 3.13")]
 
 
 def packages() -> list[Finding]:
@@ -86,8 +89,8 @@ def devices() -> list[Finding]:
 
 def memory_and_disk() -> list[Finding]:
     return [
-        enough("memory", _available_memory(), LEAST_MEMORY, "training and two SGLang servers do not fit side by side"),
-        enough("/dev/shm", _free("/dev/shm"), LEAST_SHM, "gloo and torch pass tensors between processes through it"),
+        judge_memory(*_memory()),
+        judge_shm(_free("/dev/shm")),
         enough("disk here", _free("."), LEAST_DISK, "checkpoints and tokenized text of a run"),
     ]
 
@@ -101,19 +104,45 @@ def enough(subject: str, found: int | None, least: int, breaks: str) -> Finding:
     return Finding(subject, "fine" if fits else "wrong", text, "" if fits else breaks)
 
 
-def _available_memory() -> int | None:
-    """The kernel's estimate, or what the container's limit leaves if that is less."""
+def judge_memory(total: int | None, available: int | None) -> Finding:
+    """A machine that is too small is wrong; one that is merely busy may be free when the run starts."""
+    breaks = "training and two SGLang servers do not fit side by side"
+    if total is None or available is None:
+        return enough("memory", None, LEAST_MEMORY, breaks)
+    text = f"{available / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
+    if available >= LEAST_MEMORY:
+        return Finding("memory", "fine", text)
+    return Finding("memory", "note" if total >= LEAST_MEMORY else "wrong", f"{text}, {LEAST_MEMORY / GIB:.1f} GiB needed", breaks)
+
+
+def judge_shm(free: int | None) -> Finding:
+    """What a container gets by default is worth a note, less is wrong."""
+    found = enough("/dev/shm", free, GOOD_SHM, "gloo and torch pass tensors between processes through it")
+    return replace(found, state="note") if found.state == "wrong" and free >= LEAST_SHM else found
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """Bytes in all and free: of the machine as the kernel estimates it, or of the container if its limit leaves less."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (FileNotFoundError, StopIteration):
-        return None
+            kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        total, available = kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024
+    except (FileNotFoundError, KeyError):
+        return None, None
+    group = Path("/sys/fs/cgroup")
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
-            maximum = limit.read().strip()
-            return available if maximum == "max" else min(available, int(maximum) - int(used.read()))
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        return limited(total, available, limit, int(used), (group / "memory.stat").read_text())
     except FileNotFoundError:    # not in a version 2 control group
-        return available
+        return total, available
+
+
+def limited(total: int, available: int, limit: str, used: int, stat: str) -> tuple[int, int]:
+    """Both under a control group's ``memory.max``. Pages of files nobody has touched lately count as used there, and are free for the asking."""
+    if limit == "max":
+        return total, available
+    inactive = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+    return min(total, int(limit)), min(available, int(limit) - used + int(inactive))
 
 
 def _free(path: str) -> int | None:

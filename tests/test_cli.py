@@ -3,14 +3,14 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from glm.doctor import GIB, enough, judge_package
+from glm.doctor import GIB, enough, judge_memory, judge_package, judge_shm, limited
 from glm.platform.versions import BREAKS, OPTIONAL, PINNED, PLATFORM_TORCH
 
 ROOT = Path(__file__).parents[1]
@@ -30,15 +30,21 @@ def lines(done: subprocess.CompletedProcess) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def processor_seconds() -> float:
+    """Of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_importing_the_command_line_takes_a_tenth_of_a_second_and_help_half_of_one():
-    timer = "import time; start = time.perf_counter(); import glm.cli; print(time.perf_counter() - start)"
+    timer = "import time; start = time.process_time(); import glm.cli; print(time.process_time() - start)"    # a busy machine costs wall-clock time only
     imports = [float(subprocess.run([sys.executable, "-c", timer], cwd=ROOT, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
     assert min(imports) < 0.1
     helps = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = processor_seconds()
         assert glm("--help").returncode == 0
-        helps.append(time.perf_counter() - started)
+        helps.append(processor_seconds() - before)
     assert min(helps) < 0.5
 
 
@@ -126,9 +132,12 @@ def test_every_stage_of_the_tiny_run_has_an_executable_script_that_names_it():
         assert "stages/rl_reasoning/recipe.json" in done.stdout, done.stderr
 
 
-def test_doctor_finds_nothing_required_wrong_here():
-    findings = {row["subject"]: row for row in lines(glm("doctor", "--json"))}
+def test_doctor_names_every_subject_and_exits_with_1_if_one_is_wrong():
+    done = glm("doctor", "--json")
+    findings = {row["subject"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert {"Python", "torch", "device", "memory", "/dev/shm", "cores", "disk here"} <= set(findings)
+    assert done.returncode == int(any(row["state"] == "wrong" for row in findings.values())), "whatever this machine's health"
+    assert all(findings[name]["state"] != "wrong" for name in ("Python", "torch")), "these make setup has installed"
     assert "torch" in glm("doctor").stdout
 
 
@@ -141,6 +150,17 @@ def test_doctor_judges_packages_and_space():
     assert judge_package("rich", "1.0", None, (), "tables", True).state == "note"
     assert enough("disk", 3 * GIB, 5 * GIB, "checkpoints").state == "wrong" and enough("disk", 6 * GIB, 5 * GIB, "").state == "fine"
     assert enough("memory", None, GIB, "").state == "note"
+
+
+def test_doctor_tells_a_small_machine_from_a_busy_one():
+    assert [judge_memory(total * GIB, available * GIB).state for total, available in ((16, 12), (6, 5), (16, 2), (4, 4))] == [
+        "fine", "fine", "note", "wrong"]
+    assert judge_memory(None, None).state == "note" and "2.0 GiB free of 16.0 GiB" in judge_memory(16 * GIB, 2 * GIB).found
+    assert [judge_shm(size).state for size in (GIB, 64 << 20, 32 << 20, None)] == ["fine", "note", "wrong", "note"]
+    assert limited(64 * GIB, 60 * GIB, "max", GIB, "") == (64 * GIB, 60 * GIB)
+    stat = f"anon 1\ninactive_file {3 * GIB}\nactive_file 5\n"
+    assert limited(64 * GIB, 60 * GIB, str(8 * GIB), 5 * GIB, stat) == (8 * GIB, 6 * GIB), "cached files are free for the asking"
+    assert limited(64 * GIB, GIB, str(8 * GIB), 5 * GIB, stat) == (8 * GIB, GIB)
 
 
 def test_pinned_versions_are_those_that_are_installed_by_make_setup():
