@@ -1,5 +1,7 @@
 """Errors a user can act on. Each says where, what was found, what was expected, and what to do."""
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake of the user's or of the machine's, told in four parts. The command line prints it without a traceback."""
@@ -36,3 +38,23 @@ class NumericsError(UserError):
 
 class EngineError(UserError):
     """An inference engine that does not answer, or answers wrongly."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.ENOTDIR)
+
+
+def explain_os_error(error: OSError) -> PlatformError | None:
+    """A full disk, or a place that cannot be written to, as the user's error it is; None for any other failure of the system."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return PlatformError(
+            str(error.filename or "a file of the run folder"), reason, "room on the disk",
+            "make room and run the same command again; what was finished is intact",
+        )
+    if error.errno in _CLOSED and error.filename is not None:    # without a file it is a socket or a device: not to be explained here
+        return PlatformError(
+            str(error.filename), reason, "a place this user may read and write, below folders",
+            "name another one (run_folder=PATH for a run), or change the permissions",
+        )
+    return None

@@ -119,7 +119,10 @@ def _require_parents(run: Run, selected: list[str], done: set[str]) -> None:
 @contextmanager
 def lock(root: Path):
     """One `glm run` a folder. The kernel drops the lock with the process, so a crash leaves none behind."""
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise PlatformError(shown(root), "a file", "a folder, or nothing yet", "name another one: run_folder=PATH") from None
     with (root / ".lock").open("a+", encoding="utf-8") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

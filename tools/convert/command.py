@@ -5,7 +5,7 @@ import sys
 import warnings
 from typing import Callable, get_args
 
-from glm.errors import UserError
+from glm.errors import UserError, explain_os_error
 from glm.recipe.schema import StageRecipe
 
 PLATFORMS = get_args(StageRecipe.model_fields["platform"].annotation)
@@ -33,6 +33,12 @@ def finish(platform: str, work: Callable[[], str]) -> int:
         print(work(), flush=True)
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        print(f"{type(explained).__name__}: {explained}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
