@@ -10,7 +10,7 @@ from pathlib import Path
 from glm.errors import RecipeError
 from glm.recipe.check import check_stage
 from glm.recipe.mixture import read_mixture
-from glm.recipe.overrides import Override, parse_override
+from glm.recipe.overrides import Override, parse_overrides
 from glm.recipe.saved import chained_fingerprint, dump_recipe, fingerprint, load_recipe
 from glm.recipe.schema import (
     RECIPE_OF_MAIN, ChatRecipe, ExportRecipe, ModelStageRecipe, RLRecipe, StageRecipe, TokenizerRecipe, TrainRecipe,
@@ -56,7 +56,10 @@ class Run:
 def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     """Reads a run file. Raises RecipeError with file and line for whatever is wrong in it or in the files it names."""
     path = Path(path)
-    changes = [parse_override(text) for text in overrides]
+    changes = parse_overrides(overrides)
+    for change in changes:
+        if change.key == "stages":
+            raise RecipeError(change.origin, "`stages` on the command line", "stages named as words", "glm run RUNFILE STAGE ..., or change the run file")
     run = read_yaml(path).value | {change.key: change.value for change in changes if change.key in RUN_KEYS - {"stages"}}
     defaults = _run_defaults(run, shown(path))
     name = str(run["name"].value) if "name" in run else path.stem

@@ -1,7 +1,7 @@
 """``KEY=VALUE`` from the command line: ``seed=1``, ``data.documents=PATH``, ``rl_reasoning.rl.steps=10``."""
 
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Mapping, Sequence
 
 from glm.errors import RecipeError
 from glm.recipe.schema import StageRecipe
@@ -46,6 +46,20 @@ class Override:
         for word in reversed(words[1:] if stage else words):
             placed = Placed({word: placed}, "command line")
         return placed
+
+
+def parse_overrides(texts: Sequence[str]) -> list[Override]:
+    """In order. Raises RecipeError for anything but ``KEY=VALUE``, and for a key that is set twice: one of the two is a mistake."""
+    changes: dict[str, Override] = {}
+    for text in texts:
+        change = parse_override(text)
+        if change.key in changes:
+            raise RecipeError(
+                "command line", f"{change.key} set twice ({text} after {change.key}={changes[change.key].value.value})", "each key once",
+                "remove one of the two",
+            )
+        changes[change.key] = change
+    return list(changes.values())
 
 
 def parse_override(text: str) -> Override:

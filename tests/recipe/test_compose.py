@@ -221,8 +221,13 @@ def test_an_override_of_nothing_says_what_was_meant(folder, override, todo):
 
 def test_an_override_without_a_value_and_one_of_the_bookkeeping_are_refused(folder):
     assert "KEY=VALUE" in complaint(folder(), "seed").expected
+    assert complaint(folder(), "stages=1").found == "`stages` on the command line"
     assert "run_tokens_before" in complaint(folder(), "run_tokens_before=3").found
     assert "model" in complaint(folder(), "learn.model.hidden_size=64").found
+
+
+def test_a_chat_stage_without_prompts_is_refused():
+    assert "prompts" in complaint(RUN_FILES[0].parent / "tiny.yaml", "chat.prompts=[]").where
 
 
 def test_a_file_that_is_not_text_or_cannot_be_read_is_named(folder):
@@ -236,6 +241,13 @@ def test_a_file_that_is_not_text_or_cannot_be_read_is_named(folder):
     broken.unlink()
     broken.symlink_to("/proc/self/mem")  # opens for everyone, and fails to read at its beginning, for root too
     assert "not readable" in complaint(broken).found
+
+
+@pytest.mark.parametrize("key", ["seed", "run_folder", "learn.tokens"])
+def test_an_override_given_twice_is_refused(folder, key):
+    with pytest.raises(RecipeError) as caught:
+        load_run(folder(), [f"{key}=1", f"{key}=2"])
+    assert caught.value.found == f"{key} set twice ({key}=2 after {key}=1)" and caught.value.expected == "each key once"
 
 
 def test_broken_yaml_names_its_line(folder):
