@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from glm.errors import UserError
+from glm.errors import UserError, explain_os_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:    # `glm show … | head` closed the pipe: nobody is left to tell
         sys.stderr.close()
         return 0
+    except OSError as problem:
+        explained = explain_os_error(problem)
+        if explained is None:
+            raise
+        print(f"glm {options.name}: {explained}", file=sys.stderr)
+        return 2
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -79,6 +85,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    import signal
     from pathlib import Path
 
     from glm.launch.cluster import command_line, head_line
@@ -86,9 +93,11 @@ def _run(options: argparse.Namespace) -> int:
     from glm.launch.stages import run_stages, select
     from glm.recipe.compose import load_run
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job inherits a SIGINT that is ignored
     stages, changes = split_words(options.words)
     run = load_run(options.runfile, changes)
     if options.dry_run:
+        print("glm run: the recipe.json files named below are written by `glm run`, each when its stage starts", file=sys.stderr)
         if any(recipe.launcher.kind == "slurm" for recipe in run.stages.values()):
             print(head_line())
         for stage in select(run, stages):

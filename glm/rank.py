@@ -1,7 +1,7 @@
 """What every rank of a stage runs: ``python -m glm.rank RECIPE_JSON`` under torchrun's environment variables."""
 
-import errno
 import importlib
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,12 +10,13 @@ from pathlib import Path
 def run(recipe_path: Path) -> int:
     """Runs the recipe's main; returns the exit status. A user's mistake is told without a traceback."""
     from glm import platform
-    from glm.errors import PlatformError, UserError
+    from glm.errors import UserError, explain_os_error
     from glm.platform.lifetime import die_with_parent
     from glm.platform.ranks import place
     from glm.recipe.compose import load_recipe
     from glm.recipe.schema import ExportRecipe, ModelStageRecipe
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored by inheritance if the launcher was started in the background
     die_with_parent()
     for upstream in (r"megatron\.", r"torch\.distributed"):  # optional packages that are absent, names that will change
         warnings.filterwarnings("ignore", module=upstream)
@@ -28,13 +29,10 @@ def run(recipe_path: Path) -> int:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        explained = explain_os_error(error)
+        if explained is None:
             raise
-        full = PlatformError(
-            error.filename or "a file of the run folder", error.strerror, "room on the disk",
-            "make room and run the same command again; what was finished is intact",
-        )
-        print(f"\n{type(full).__name__}: {full}", file=sys.stderr, flush=True)
+        print(f"\n{type(explained).__name__}: {explained}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

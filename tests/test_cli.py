@@ -1,9 +1,11 @@
 """The command line as a user meets it: in a process of its own."""
 
+import errno
 import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from glm.doctor import GIB, enough, judge_memory, judge_package, judge_shm, limited
+from glm.errors import explain_os_error
 from glm.platform.versions import BREAKS, OPTIONAL, PINNED, PLATFORM_TORCH
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +111,13 @@ def test_check_reads_all_files_and_names_every_wrong_one(tmp_path):
 def test_dry_run_prints_one_torchrun_line_a_stage_and_writes_nothing(tmp_path):
     done = glm("run", TINY, "--dry-run", f"run_folder={tmp_path / 'r'}")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 10 and not (tmp_path / "r").exists()
+    assert "written by `glm run`" in done.stderr
     assert f"torchrun --nnodes=1 --nproc-per-node=2 -m glm.rank {tmp_path}/r/stages/rl_reasoning/recipe.json" in done.stdout
+
+
+def test_dry_run_quotes_for_a_shell(tmp_path):
+    done = glm("run", TINY, "chat", "--dry-run", f"run_folder={tmp_path / 'my runs'}")
+    assert shlex.split(done.stdout)[-1] == str(tmp_path / "my runs" / "stages" / "chat" / "recipe.json")
 
 
 def test_options_and_words_come_in_any_order_and_an_unknown_option_is_refused():
@@ -171,6 +180,23 @@ def test_pinned_versions_are_those_that_are_installed_by_make_setup():
     assert {name: required.get(name.lower()) for name in PINNED} == PINNED
     assert set(BREAKS) == set(PINNED) and OPTIONAL <= set(PINNED)
     assert PLATFORM_TORCH["cuda"] in (ROOT / "requirements" / "cuda.txt").read_text()
+
+
+@pytest.mark.parametrize("below", ["", "run", "some/run"])
+def test_a_run_folder_that_cannot_be_made_is_told_without_a_traceback(tmp_path, below):
+    (tmp_path / "file").touch()
+    done = glm("run", TINY, "tokenizer", f"run_folder={tmp_path / 'file' / below}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and str(tmp_path / "file") in done.stderr
+    assert all(part in done.stderr for part in ("found:", "expected:", "to do:"))
+
+
+def test_a_full_disk_is_explained_and_other_failures_of_the_system_are_not():
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        told = explain_os_error(OSError(number, os.strerror(number), "x/weights"))
+        assert told.where == "x/weights" and told.expected == "room on the disk" and told.found == os.strerror(number)
+    assert explain_os_error(OSError(errno.EROFS, "Read-only file system", "x")).found == "Read-only file system"
+    assert explain_os_error(OSError(errno.EACCES, "Permission denied")) is None, "no file: a socket, say"
+    assert explain_os_error(OSError(errno.EIO, "Input/output error", "x")) is None
 
 
 def test_report_of_a_folder_that_is_no_run_is_a_users_mistake(tmp_path):
