@@ -10,6 +10,7 @@ from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 from glm.errors import PlatformError
 from glm.platform.lifetime import PARENT_VARIABLE
@@ -54,6 +55,8 @@ def run_ranks(command: list[str], world_size: int, folder: Path, *, stage: str, 
                 )
                 ranks.append(_Rank(number, process, log))
             failed = _wait(ranks)
+            if not failed:
+                _until(lambda: not _living_groups(ranks), GRACE_SECONDS)    # a logger may still be writing its last line
         except KeyboardInterrupt:
             _interrupt(ranks)
             raise Interrupted(stage) from None
@@ -89,7 +92,7 @@ def _wait(ranks: list[_Rank]) -> _Rank | None:
     Of several at once: the one a signal killed, then one that ended with a user's error (2): the others lost their peer.
     """
     while True:
-        codes = [(rank, rank.process.poll()) for rank in ranks]
+        codes = [(rank, _exit_code(rank)) for rank in ranks]
         failed = sorted((code > 0, code != 2, rank.number) for rank, code in codes if code)    # signals are negative
         if failed:
             return ranks[failed[0][2]]
@@ -102,32 +105,60 @@ def _interrupt(ranks: list[_Rank]) -> None:
     """SIGINT to all, and time to stop by themselves; a second Ctrl-C does not wait."""
     _signal(ranks, signal.SIGINT)
     try:
-        _until_gone(ranks, INTERRUPT_SECONDS)
+        _until(lambda: all(_exit_code(rank) is not None for rank in ranks), INTERRUPT_SECONDS)
     except KeyboardInterrupt:
         return
 
 
 def _terminate(ranks: list[_Rank]) -> None:
-    """SIGTERM, then SIGKILL, to every process group that is left; a rank's own children are in its group."""
-    if all(rank.process.poll() is not None for rank in ranks):
-        return
+    """SIGTERM, then SIGKILL, to every process group with somebody left in it; a rank's own children are in its group.
+
+    The group of a rank that died by itself included: its children do not die with it. Ranks are reaped only here, at the
+    end: until then a dead one keeps its process id, so nobody else's group can have got the number.
+    """
     _signal(ranks, signal.SIGTERM)
-    _until_gone(ranks, GRACE_SECONDS)
+    _until(lambda: not _living_groups(ranks), GRACE_SECONDS)
     _signal(ranks, signal.SIGKILL)
     for rank in ranks:
         rank.process.wait()
 
 
-def _until_gone(ranks: list[_Rank], seconds: float) -> None:
+def _exit_code(rank: _Rank) -> int | None:
+    """None: running. As Popen has it (negative for a signal), but without reaping."""
+    if rank.process.returncode is not None:
+        return rank.process.returncode
+    ended = os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+def _living_groups(ranks: list[_Rank]) -> set[int]:
+    """Process groups of ranks with a member that runs; where there is no /proc to list members, those whose rank runs."""
+    groups = {rank.process.pid for rank in ranks}
+    living = {rank.process.pid for rank in ranks if _exit_code(rank) is None}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):    # ended while we read
+            continue
+        if int(group) in groups and state not in "ZX":
+            living.add(int(group))
+    return living
+
+
+def _until(done: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(rank.process.poll() is None for rank in ranks):
+    while time.monotonic() < deadline and not done():
         time.sleep(POLL_SECONDS)
 
 
 def _signal(ranks: list[_Rank], number: int) -> None:
     for rank in ranks:
-        if rank.process.poll() is None:    # not yet reaped, so the group still exists and is ours
+        try:
             os.killpg(rank.process.pid, number)
+        except ProcessLookupError:    # the whole group is gone
+            continue
 
 
 @contextmanager
