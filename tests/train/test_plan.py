@@ -83,11 +83,11 @@ def test_rl_takes_its_number_of_steps_and_the_replies_of_one_rollout():
 
 
 def test_a_table_of_the_large_run_and_its_number_of_steps_take_no_time():
-    started = time.monotonic()
+    started = time.process_time()    # not of the wall clock: the machine may be busy
     steps = sum(count_steps(LARGE[stage]) for stage in TRAINED[:5])
     tables = [schedule_table(LARGE[stage]) for stage in TRAINED]
     assert 360_000 < steps < 375_000 and all(2 <= len(table) <= 8 for table in tables)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 @settings(deadline=None)
