@@ -1,6 +1,6 @@
 """One frozen type per kind of stage. Which one a stage file describes is decided by its ``main``."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -93,7 +93,7 @@ class ChatRecipe(StageRecipe):
     """posttrain.chat: sample dialogues from the exported model through SGLang."""
 
     engine: Engine = Engine()
-    prompts: tuple[str, ...] = ()
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     max_new_tokens: int = 48
     sglang: dict[str, object] = {}
 

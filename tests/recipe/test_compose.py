@@ -227,7 +227,7 @@ def test_an_override_without_a_value_and_one_of_the_bookkeeping_are_refused(fold
 
 
 def test_a_chat_stage_without_prompts_is_refused():
-    assert "prompts" in complaint(RUN_FILES[0].parent / "tiny.yaml", "chat.prompts=[]").where
+    assert "prompts: []" in complaint(RUN_FILES[0].parent / "tiny.yaml", "chat.prompts=[]").found
 
 
 def test_a_file_that_is_not_text_or_cannot_be_read_is_named(folder):
