@@ -18,13 +18,14 @@ class Reference:
         from transformers.modeling_layers import MtpModel
         from transformers.utils import logging
 
-        config = Glm4MoeConfig.from_pretrained(folder)
+        config = Glm4MoeConfig.from_pretrained(folder, local_files_only=True)
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()  # it warns of the MTP layer's weights, which the main model does not use
         logging.disable_progress_bar()
         try:
             self.model, told = Glm4MoeForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+                local_files_only=True,
             )
             self._refuse_gaps(folder, told, config.num_hidden_layers)
             self.mtp = None

@@ -43,6 +43,7 @@ def activate(name: str, local_rank: int = 0) -> Platform:
     Raises PlatformError for ``cuda`` without a usable device.
     """
     global _active
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: whatever is loaded is a folder, never a download
     if name == "cuda":
         from glm.platform import cuda
         chosen = cuda.platform(local_rank)
