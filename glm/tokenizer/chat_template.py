@@ -6,6 +6,9 @@ There is no end-of-turn token: a turn ends where the next role's token stands, s
 Reasoning of turns up to the last user message is replaced by an empty pair of think tokens; those turns carry no loss
 unless they had no reasoning to lose. A message is {"role": system|user|assistant|tool, "content": str, and for the
 assistant optionally "reasoning_content": str, "tool_calls": [{"name", "arguments": {…}} or {"function": {…}}]}.
+
+The text around the tools (TOOLS_BEFORE, TOOLS_AFTER) is the format's own wording, not ours: it is kept word for word so that
+prompts are compatible with the released GLM-4.5 models (weights under the MIT licence, repository under Apache-2.0).
 """
 
 import json
