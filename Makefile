@@ -9,6 +9,7 @@ SHELL := bash
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 REQUIREMENTS := requirements/host.txt requirements/host-lock.txt requirements/host-no-deps.txt
 RUNFILE ?= configs/glm45/tiny.yaml
 # Extra words for the command: make run ARGS="--dry-run", make test ARGS="tests/metrics -x"
@@ -25,22 +26,29 @@ help:
 
 # Stamps hold what was installed, not when: touching the files installs nothing, an interrupted install is done again.
 setup:
-	@if ! $(VENV)/bin/python -c '' 2>/dev/null; then
+	@refuse() {    # what is wrong, what was found, what to do
+		echo "make setup: $$1" >&2
+		echo "  found:    $$2" >&2
+		echo "  expected: Python 3.11, 3.12 or 3.13, for which the pinned packages exist" >&2
+		echo "  to do:    $$3" >&2
+		exit 2
+	}
+	if ! $(VENV)/bin/python -c '' 2>/dev/null; then
 		chosen=
 		for candidate in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do
-			if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then chosen=$$candidate; break; fi
+			if "$$candidate" -c '$(FITS)' 2>/dev/null; then chosen=$$candidate; break; fi
 		done
 		if [ -z "$$chosen" ]; then
-			echo "make setup: no usable interpreter among: $(or $(PYTHON),python3 python3.11 python3.12 python3.13)" >&2
-			echo "  found:    $$($(or $(PYTHON),python3) --version 2>&1 || true)" >&2
-			echo "  expected: Python 3.11 or newer" >&2
-			echo "  to do:    install one, or name it: make setup PYTHON=/path/to/python3.11" >&2
-			exit 2
+			refuse "no usable interpreter among: $(or $(PYTHON),python3 python3.11 python3.12 python3.13)" \
+				"$$($(or $(PYTHON),python3) --version 2>&1 || true)" "install one, or name it: make setup PYTHON=/path/to/python3.11"
 		fi
 		if ! "$$chosen" -m venv --clear $(VENV); then
 			echo "make setup: $$chosen cannot make a virtual environment; on Debian and Ubuntu the package python3-venv is missing" >&2
 			exit 2
 		fi
+	elif ! $(VENV)/bin/python -c '$(FITS)'; then
+		refuse "$(VENV) was made with another interpreter" "$$($(VENV)/bin/python --version 2>&1)" \
+			"rm -r $(VENV), then make setup (PYTHON=/path/to/python3.11 names one)"
 	fi
 	wanted=$$(cat $(REQUIREMENTS) | cksum)
 	if [ "$$wanted" != "$$(cat $(VENV)/.installed-requirements 2>/dev/null || true)" ]; then
