@@ -121,7 +121,10 @@ def test_the_same_command_again_does_nothing(run):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-FOUR_STEPS = (*SHORTENED, "rl_reasoning.rl.steps=4", "rl_reasoning.checkpoint.every_steps=2", "rl_reasoning.evaluation.prompts=8")
+FOUR_STEPS = (
+    *(word for word in SHORTENED if not word.startswith(("rl_reasoning.rl.steps=", "rl_reasoning.evaluation.prompts="))),
+    "rl_reasoning.rl.steps=4", "rl_reasoning.checkpoint.every_steps=2", "rl_reasoning.evaluation.prompts=8",
+)
 
 
 @pytest.fixture(scope="module")
