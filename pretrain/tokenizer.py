@@ -27,7 +27,7 @@ def sample_texts(data: Data, sample_bytes: int, seed: int) -> Iterator[str]:
 
 def _corpus_texts(corpus: str, data: Data, seed: int) -> Iterator[str]:
     if corpus == "dialogues":
-        for messages, _ in dialogues(data.problems, seed):
+        for _, messages, _ in dialogues(data.problems, seed):
             for message in messages:
                 yield message.get("reasoning_content", "")
                 yield message["content"]

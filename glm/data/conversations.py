@@ -18,16 +18,21 @@ def messages_of(problem: Problem, *, thinking: bool = True) -> list[dict[str, st
     return [{"role": "user", "content": problem.question}, reply]
 
 
+def problem_documents(count: int, seed: int) -> list[tuple[str, str]]:
+    """(key, text) of each."""
+    return [(problem.key, plain_text(problem)) for problem in training_problems(TASKS, count, seed)]
+
+
 def problem_texts(count: int, seed: int) -> list[str]:
-    return [plain_text(problem) for problem in training_problems(TASKS, count, seed)]
+    return [text for _, text in problem_documents(count, seed)]
 
 
-def problem_dialogues(count: int, seed: int) -> list[tuple[list[dict[str, str]], bool]]:
-    """``count`` chats, each with whether its assistant thinks.
+def problem_dialogues(count: int, seed: int) -> list[tuple[str, list[dict[str, str]], bool]]:
+    """``count`` chats, each as (key of its problem, messages, whether its assistant thinks).
 
-    The blocks of ``len(TASKS)`` chats share one choice, so every task is seen both ways. Other problems than
-    ``problem_texts`` draws with the same seed.
+    The blocks of ``len(TASKS)`` chats share one choice, so every task is seen both ways. Drawn apart from
+    ``problem_texts`` of the same seed; some problems come in both.
     """
     problems = training_problems(TASKS, count, seed + 1)
     thinks = [(index // len(TASKS)) % NOTHINK_EVERY != NOTHINK_EVERY - 1 for index in range(count)]
-    return [(messages_of(problem, thinking=think), think) for problem, think in zip(problems, thinks)]
+    return [(problem.key, messages_of(problem, thinking=think), think) for problem, think in zip(problems, thinks)]

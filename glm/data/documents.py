@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glm.data import python_corpus
-from glm.data.conversations import problem_dialogues, problem_texts
+from glm.data.conversations import problem_dialogues, problem_documents, problem_texts
 from glm.errors import DataError
 
 TEXT_CORPORA = {"prose": python_corpus.prose, "code": python_corpus.code, "repositories": python_corpus.repositories}
@@ -42,11 +42,11 @@ def documents(corpus: str, path: str | None, problems: int, seed: int, *, limit_
     """The (name, text) documents of a corpus that is text (not ``dialogues``).
 
     ``path``: the user's own text in place of prose, code and repositories; ``mixed`` reads its files in a shuffled order, for a
-    reader who stops early. Raises DataError for text that cannot be read.
+    reader who stops early. The name of a problem is its key. Raises DataError for text that cannot be read.
     """
     check_corpus(corpus)
     if corpus == "problems":
-        yield from ((f"problem {i}", text) for i, text in enumerate(problem_texts(problems, seed)))
+        yield from problem_documents(problems, seed)
     elif path is not None:
         yield from user_documents(Path(path), mixed=mixed)
     else:
@@ -59,8 +59,8 @@ def documents(corpus: str, path: str | None, problems: int, seed: int, *, limit_
                 return
 
 
-def dialogues(problems: int, seed: int) -> list[tuple[list[dict[str, str]], bool]]:
-    """Chats as (messages, whether the assistant thinks)."""
+def dialogues(problems: int, seed: int) -> list[tuple[str, list[dict[str, str]], bool]]:
+    """Chats as (key of the problem, messages, whether the assistant thinks)."""
     return problem_dialogues(problems, seed)
 
 
@@ -202,7 +202,8 @@ def _column_texts(column) -> Iterator[object]:
 
 
 def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) -> str:
-    """Changes when the documents of a corpus may have: names, sizes and dates of files; for problems, count, seed and format."""
+    """Changes when the documents of a corpus may have: names, sizes and dates of files; for problems, count, seed and format; for
+    the Python installation its version, and for prose the installed packages with theirs."""
     digest = hashlib.blake2b(digest_size=8)
     if corpus in ("problems", "dialogues"):
         sample = problem_texts(min(problems, 16), seed)
@@ -216,4 +217,6 @@ def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) 
             digest.update(os.fsencode(file) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     else:
         digest.update(f"{corpus} {sys.version} {DEFAULT_CORPUS_BYTES}".encode())
+        if corpus == "prose":
+            digest.update(" ".join(python_corpus.installed_packages()).encode())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.data.batches import Batches, manifest_path
 from glm.data.documents import TEXT_CORPORA, corpus_fingerprint, dialogues, documents
-from glm.data.tokenized import read_facts, write_corpus
+from glm.data.tokenized import Document, read_facts, write_corpus
 from glm.errors import DataError
 from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
@@ -29,8 +29,8 @@ from glm.tokenizer.special_tokens import END_OF_TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "1"
-"""Raised when the same inputs give other tokens."""
+FORMAT = "2"
+"""Raised when the same inputs give other tokens, or other ones held out."""
 DOCUMENTS_AT_ONCE = 256
 
 
@@ -92,13 +92,13 @@ def _in_batches(items: Iterable) -> Iterator[list]:
 
 
 def _encoded_texts(corpus: str, data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast", dropped: dict[str, int]
-                   ) -> Iterator[tuple[list[int], None]]:
+                   ) -> Iterator[Document]:
     """Each text ends with <|endoftext|>. Empty texts and exact repetitions are dropped and counted; problems may repeat."""
     end = token_id(tokenizer, END_OF_TEXT)
     seen: set[bytes] = set()
     for batch in _in_batches(documents(corpus, data.documents, data.problems, seed)):
         kept = []
-        for _, text in batch:
+        for name, text in batch:
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             if not text.strip():
                 dropped["empty"] += 1
@@ -106,14 +106,17 @@ def _encoded_texts(corpus: str, data: Data, seed: int, tokenizer: "PreTrainedTok
                 dropped["repeated"] += 1
             else:
                 seen.add(digest)
-                kept.append(text)
-        yield from (([*ids, end], None) for ids in encode_texts(tokenizer, kept))
+                kept.append((name, text))
+        encoded = encode_texts(tokenizer, [text for _, text in kept])
+        for (name, _), ids in zip(kept, encoded, strict=True):
+            yield Document([*ids, end], key=name if corpus == "problems" else None)
 
 
-def _encoded_dialogues(data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast") -> Iterator[tuple[list[int], list[int]]]:
+def _encoded_dialogues(data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Document]:
     for batch in _in_batches(dialogues(data.problems, seed)):
-        segments = [render(messages, enable_thinking=thinks, close=True) for messages, thinks in batch]
-        yield from encode_segments(tokenizer, segments)
+        segments = [render(messages, enable_thinking=thinks, close=True) for _, messages, thinks in batch]
+        for (key, _, _), (ids, mask) in zip(batch, encode_segments(tokenizer, segments), strict=True):
+            yield Document(ids, mask, key)
 
 
 def _report(recipe: TrainRecipe, folder: RunFolder, facts: dict[str, dict]) -> None:

@@ -24,6 +24,8 @@ class Problem:
     question: str
     reasoning: str
     answer: str
+    key: str = ""
+    """Task and operands, whatever the phrasing."""
 
 
 @dataclass(frozen=True)
@@ -123,32 +125,31 @@ def is_held_out(key: str) -> bool:
     return int.from_bytes(hashlib.md5(key.encode()).digest(), "big") % HELD_OUT_MODULUS == 0
 
 
-def _draw(task: str, index: int, seed: int, attempt: int) -> tuple[Problem, str]:
-    """The problem and its key."""
+def _draw(task: str, index: int, seed: int, attempt: int) -> Problem:
     draw, phrasings = _TASKS[task]
     rng = random.Random(f"{seed}/{task}/{index}/{attempt}")
     draft = draw(rng)
     question = rng.choice(phrasings).format(**draft.operands)
-    return Problem(task, question, draft.reasoning, draft.answer), problem_key(task, draft.operands.values())
+    return Problem(task, question, draft.reasoning, draft.answer, problem_key(task, draft.operands.values()))
 
 
 def problem(task: str, index: int, seed: int) -> Problem:
     """The problem number ``index`` of a task, held out or not: a pure function of its arguments."""
-    return _draw(task, index, seed, 0)[0]
+    return _draw(task, index, seed, 0)
 
 
-def _draw_where(task: str, index: int, seed: int, held_out: bool) -> tuple[Problem, str]:
+def _draw_where(task: str, index: int, seed: int, held_out: bool) -> Problem:
     attempt = 0
     while True:
-        candidate, key = _draw(task, index, seed, attempt)
-        if is_held_out(key) == held_out:
-            return candidate, key
+        candidate = _draw(task, index, seed, attempt)
+        if is_held_out(candidate.key) == held_out:
+            return candidate
         attempt += 1
 
 
 def training_problem(task: str, index: int, seed: int) -> Problem:
     """The training problem number ``index`` of a task; never a held-out one."""
-    return _draw_where(task, index, seed, held_out=False)[0]
+    return _draw_where(task, index, seed, held_out=False)
 
 
 def training_problems(tasks: Iterable[str], count: int, seed: int) -> list[Problem]:
@@ -169,12 +170,12 @@ def held_out_problems(tasks: Iterable[str], count: int, seed: int) -> list[Probl
     for i in range(count):
         task = tasks[i % len(tasks)]
         for index in range(next_index[task], next_index[task] + DRAWS_FOR_A_NEW_ONE):
-            candidate, key = _draw_where(task, index, seed, held_out=True)
-            if key not in seen:
+            candidate = _draw_where(task, index, seed, held_out=True)
+            if candidate.key not in seen:
                 break
         else:
             raise ValueError(f"task {task} has fewer than {i // len(tasks) + 1} held-out problems")
         next_index[task] = index + 1
-        seen.add(key)
+        seen.add(candidate.key)
         chosen.append(candidate)
     return chosen

@@ -8,6 +8,7 @@ The three share no file, so a document held out of one is not met in another.
 """
 
 import ast
+import importlib.metadata
 import pkgutil
 import random
 import re
@@ -78,6 +79,13 @@ def _docstrings(packages: Path) -> Iterator[tuple[str, str]]:
         texts = [text for text in map(ast.get_docstring, owners) if text and len(text) >= SHORTEST_DOCSTRING]
         if texts:
             yield f"docstrings of {path.relative_to(packages)}", "\n\n".join(texts)
+
+
+def installed_packages() -> list[str]:
+    """``name==version`` of the packages whose texts ``prose`` reads, sorted."""
+    return sorted(
+        f"{package.name}=={package.version}" for package in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
+    )
 
 
 def prose() -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from glm.data import python_corpus
 from glm.data.documents import CORPORA, TEXT_CORPORA, corpus_fingerprint, documents
 from glm.data.python_corpus import dependency_order, repository_text
 from glm.errors import DataError
@@ -155,3 +156,13 @@ def test_the_fingerprint_follows_the_files_and_the_problems(tmp_path):
     others = {corpus_fingerprint("problems", None, count, seed) for count in (10, 20) for seed in (0, 1)}
     assert len(others) == 4
     assert len({corpus_fingerprint(corpus, None, 10, 0) for corpus in CORPORA}) == len(CORPORA)
+
+
+def test_the_fingerprint_of_prose_follows_the_installed_packages(tmp_path, monkeypatch):
+    before = {corpus: corpus_fingerprint(corpus, None, 10, 0) for corpus in TEXT_CORPORA}
+    assert any(line.startswith("pyarrow==") for line in python_corpus.installed_packages())
+    (tmp_path / "new-1.0.dist-info").mkdir()
+    (tmp_path / "new-1.0.dist-info" / "METADATA").write_text("Name: new\nVersion: 1.0\n")
+    monkeypatch.setattr(python_corpus.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert python_corpus.installed_packages() == ["new==1.0"]
+    assert {corpus for corpus in TEXT_CORPORA if corpus_fingerprint(corpus, None, 10, 0) != before[corpus]} == {"prose"}

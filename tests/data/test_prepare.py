@@ -5,8 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from glm.data.batches import Batches
+from glm.data.batches import Batches, manifest_path
+from glm.data.documents import dialogues, documents
 from glm.data.prepare import corpus_name, prepare
+from glm.data.tokenized import open_corpus
 from glm.errors import DataError
 from glm.recipe.sections import Source
 from glm.tokenizer import load_tokenizer, token_id
@@ -93,6 +95,24 @@ def test_cut_dialogues_are_joined_by_the_end_of_text_token(tiny_stages, run_fold
     tokenizer = load_tokenizer(run_folder.tokenizer)
     before = [row.token_ids[at - 1] for row in rows for at in np.flatnonzero(row.token_ids == token_id(tokenizer, END_OF_TEXT)) if at]
     assert len(before) > 10 and set(before) == {token_id(tokenizer, USER)}
+
+
+def test_a_problem_held_out_of_one_corpus_is_trained_on_in_none(tiny_stages, run_folder):
+    sources = {name: Source(corpus=name, share=0.5) for name in ("problems", "dialogues")}
+    recipe = stage(tiny_stages, "pretrain_general", sources=sources, problems=3000)
+    prepare(recipe, run_folder)
+    names = json.loads(manifest_path(run_folder, recipe.stage).read_text())["sources"]
+    keys = {
+        "problems": [key for key, _ in documents("problems", None, 3000, recipe.seed)],
+        "dialogues": [key for key, _, _ in dialogues(3000, recipe.seed)],
+    }
+    trained, held_out = set(), set()
+    for source, name in names.items():
+        corpus = open_corpus(run_folder.data, name)
+        trained |= {keys[source][i] for i in corpus.training_documents}
+        held_out |= {keys[source][i] for i in corpus.validation_documents}
+    assert set(keys["problems"]) & set(keys["dialogues"])  # or there would be nothing to keep apart
+    assert len(held_out) > 60 and not trained & held_out
 
 
 def test_prepared_data_is_used_again_and_shared_by_stages(tiny_stages, run_folder, library):

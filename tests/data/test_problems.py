@@ -94,7 +94,7 @@ def test_held_out_problems_occur_in_no_training_text_in_any_phrasing():
     assert len(held_out) > 700 and len(training) > 5000
     assert not held_out & training
     questions = {drawn.question for drawn in held_out_problems(TASKS, 480, seed=0)}
-    texts = problem_texts(4000, 0) + [messages[0]["content"] for messages, _ in problem_dialogues(4000, 0)]
+    texts = problem_texts(4000, 0) + [messages[0]["content"] for _, messages, _ in problem_dialogues(4000, 0)]
     assert not questions & {text.split("\n")[0].removeprefix("Question: ") for text in texts}
 
 
@@ -115,7 +115,7 @@ def test_asking_for_more_held_out_problems_than_there_are_is_an_error():
 
 def test_dialogues_of_every_task_come_with_and_without_thinking():
     seen = Counter()
-    for (user, reply), thinks in problem_dialogues(2000, seed=0):
+    for _, (user, reply), thinks in problem_dialogues(2000, seed=0):
         assert ("reasoning_content" in reply) == thinks
         seen[thinks] += 1
     assert 0.08 < seen[False] / 2000 < 0.2
