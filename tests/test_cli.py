@@ -6,8 +6,10 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,21 @@ def test_a_run_folder_that_cannot_be_made_is_told_without_a_traceback(tmp_path, 
     done = glm("run", TINY, "tokenizer", f"run_folder={tmp_path / 'file' / below}")
     assert done.returncode == 2 and "Traceback" not in done.stderr and str(tmp_path / "file") in done.stderr
     assert all(part in done.stderr for part in ("found:", "expected:", "to do:"))
+
+
+def test_an_interrupt_stops_a_run_that_a_shell_started_in_the_background(tmp_path):
+    """A shell without job control starts `command &` with SIGINT ignored, and what it starts inherits that."""
+    started = tmp_path / "run" / "stages" / "tokenizer" / "started.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glm.cli", "run", TINY, "tokenizer", f"run_folder={tmp_path / 'run'}"], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    deadline = time.monotonic() + 60
+    while not started.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert "stopped in tokenizer" in process.communicate(timeout=60)[1] and process.returncode == 130
 
 
 def test_a_full_disk_is_explained_and_other_failures_of_the_system_are_not():
