@@ -96,7 +96,10 @@ def _relocate(placed: Placed, origin: str) -> Placed:
 def _place(loader: _Loader, node: yaml.Node, name: str) -> Placed:
     origin = f"{name}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
-        return Placed(loader.construct_object(node, deep=True), origin)
+        try:
+            return Placed(loader.construct_object(node, deep=True), origin)
+        except ValueError as problem:  # a number of thousands of digits, or a tag that does not fit its value
+            raise RecipeError(origin, str(problem), "a YAML value", "correct the value") from None
     entries, lines = {}, {}
     for key_node, value_node in node.value:
         key, line = str(loader.construct_object(key_node, deep=True)), key_node.start_mark.line + 1

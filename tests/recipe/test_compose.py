@@ -238,6 +238,8 @@ def test_a_file_that_is_not_text_or_cannot_be_read_is_named(folder):
     assert "broken.yaml" in complaint(broken).where
     broken.write_text("name: " + "[" * 5000)
     assert "nested too deeply" in complaint(broken).found
+    broken.write_text("name: x\nnote: " + "9" * 5000)
+    assert complaint(broken).where.endswith("broken.yaml:2") and "digits" in complaint(broken).found
     broken.unlink()
     broken.symlink_to("/proc/self/mem")  # opens for everyone, and fails to read at its beginning, for root too
     assert "not readable" in complaint(broken).found
