@@ -52,7 +52,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def read_info(checkpoint: Path) -> tuple[CheckpointInfo, Model]:
     """The checkpoint's own description and the shape of its model. Raises CheckpointError when it is not one."""
     manifest = _manifest(checkpoint)
-    return CheckpointInfo(**manifest["info"]), Model(**manifest["model"])
+    try:
+        return CheckpointInfo(**manifest["info"]), Model(**manifest["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            str(checkpoint / MANIFEST), f"{type(error).__name__}: {str(error)[:200]}", "the manifest of this release",
+            "use the release that wrote it, or make the checkpoint again",
+        ) from error
 
 
 def stored_params(checkpoint: Path) -> str:
