@@ -79,7 +79,7 @@ def test_a_request_that_does_not_fit_is_an_error_with_the_servers_words(ask, loa
 def test_a_server_that_is_not_there_is_an_error_after_counted_retries(ask):
     async def to_nobody(client):
         client.url = "http://127.0.0.1:9"
-        with pytest.raises(EngineError, match="no connection after 2 attempts"):
+        with pytest.raises(EngineError, match="no whole answer in 2 attempts"):
             await client.generate([1], Sampling(1.0, 1))
         return client.retried
 
