@@ -31,5 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # The guard matters: megatron's checkpoint writer starts processes that import this module again.
+if __name__ == "__mp_main__":  # spawned by megatron's checkpoint writer; see glm/rank.py
+    from glm.platform.lifetime import die_with_parent
+
+    die_with_parent()
 if __name__ == "__main__":
     sys.exit(main())
