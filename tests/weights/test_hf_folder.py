@@ -138,7 +138,7 @@ def test_a_flipped_bit_is_told_with_the_tensor(folder):
     (lambda w: w.pop("model.layers.4.eh_proj.weight"), r"missing: model\.layers\.4\.eh_proj\.weight"),
     (lambda w: w.pop("model.layers.2.mlp.gate.e_score_correction_bias"), r"missing: model\.layers\.2\.mlp\.gate\.e_score_correction_bias"),
     (lambda w: w.update({"model.layers.5.enorm.weight": torch.ones(64)}), r"without a partner: model\.layers\.5\.enorm\.weight"),
-    (lambda w: w.update({"lm_head.weight": w["lm_head.weight"].half()}), r"lm_head\.weight\n.*F16"),
+    (lambda w: w.update({"lm_head.weight": w["lm_head.weight"].half()}), r"lm_head\.weight\n.*float16"),
 ])
 def test_missing_unknown_and_unsupported_tensors_are_named(tmp_path, weights, change, words):
     changed = dict(weights)
