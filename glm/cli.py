@@ -133,7 +133,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from glm.show import check_runs
+    from glm.check import check_runs
 
     files, changes = split_words(options.words)
     return check_runs(files, changes, as_json=options.json)

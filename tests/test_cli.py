@@ -61,7 +61,7 @@ def test_every_verb_has_help_with_an_example(verb):
 
 
 def test_recipes_and_launcher_do_not_import_torch():
-    code = "import sys, glm.show, glm.launch.stages, glm.launch.local, glm.train.plan, glm.recipe.mixture; print('torch' in sys.modules)"
+    code = "import sys, glm.check, glm.launch.stages, glm.launch.local, glm.train.plan, glm.recipe.mixture; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -97,7 +97,10 @@ def test_the_schedule_of_the_large_run_is_the_paper_s():
 def test_check_without_a_name_checks_every_run_file():
     summaries = {row["run"]: row for row in lines(glm("check", "--json"))}
     assert set(summaries) == {"tiny", "air", "355b"}
-    assert summaries["355b"]["parameters"] == 356_785_884_416 and summaries["air"]["kv_bytes_per_token"] == 184 * 1024
+    large = summaries["355b"]
+    assert large["parameters"]["total"] == 356_785_884_416 and large["parameters"]["total_without_mtp"] == 352_797_814_784
+    assert large["parameters"]["active"] == 34_034_191_616 and large["parameters"]["conventions"]["body and MTP"]["total"] == 355_233_991_936
+    assert {"4096", "32768", "131072"} <= set(large["flops_per_token"]) and summaries["air"]["kv_bytes_per_token"] == 184 * 1024
     general = next(stage for stage in summaries["air"]["stages"] if stage["stage"] == "pretrain_general")
     assert general["tokens"] == 15 * 10**12 == sum(general["tokens_per_source"].values()) and general["steps"] > 200_000
     assert "2,284,864 parameters" in glm("check", TINY).stdout

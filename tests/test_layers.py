@@ -26,6 +26,7 @@ LAYERS = (
     ("glm.rl",),
     ("glm.launch",),
     ("glm.doctor", "glm.show"),
+    ("glm.check",),
     ("glm.rank", "glm.cli"),
     ("pretrain", "midtrain", "posttrain", "tools"),
 )

@@ -12,12 +12,22 @@ from glm.recipe.sections import Layout, Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+RECOMPUTE = {
+    "none": {"recompute_granularity": None},
+    # The feed-forward keeps most (copies of each token for its experts) and costs least to repeat; attention, whose cost grows
+    # with the length and which keeps little, runs once.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""The recipe's ``recompute`` as megatron's fields."""
+
 
 def transformer_config(
     model: Model,
     *,
     params: str = "fp32",
     layout: Layout = Layout(),
+    recompute: str = "none",
     sequence_balance_weight: float = 0.0,
     upstream: dict[str, object] | None = None,
 ):
@@ -81,6 +91,7 @@ def transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **RECOMPUTE[recompute],
         # Layout
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -99,6 +110,7 @@ def stage_config(recipe: ModelStageRecipe):
         recipe.model,
         params=recipe.precision.params,
         layout=recipe.layout,
+        recompute=recipe.recompute,
         sequence_balance_weight=recipe.losses.sequence_balance_weight,
         upstream=recipe.megatron,
     )

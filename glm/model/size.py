@@ -1,7 +1,7 @@
 """How large a model is, and what a token costs: parameters, floating-point operations, key/value bytes. Imports no torch.
 
 Counts are of unique tensors: the MTP layer shares embedding and output head with the trunk. The router's balancing bias
-is a buffer and not counted. "P" is the GLM-4.5 technical report.
+is a buffer, counted apart.
 """
 
 from dataclasses import dataclass
@@ -44,26 +44,38 @@ class Parameters:
     mtp_active: int
     embedding: int
     head: int
+    router_bias: int
+    """Entries of the balancing biases, fp32, one an expert and router; in no total."""
 
     @property
     def total(self) -> int:
         """Everything that is trained, each tensor once."""
-        return self.body + self.final_norm + self.mtp + self.embedding + self.head
+        return self.total_without_mtp + self.mtp
+
+    @property
+    def total_without_mtp(self) -> int:
+        return self.body + self.final_norm + self.embedding + self.head
 
     @property
     def active(self) -> int:
         return self.body_active + self.final_norm + self.mtp_active + self.embedding + self.head
 
     def conventions(self) -> dict[str, tuple[int, int]]:
-        """Name of a way to count -> (total, active). The advertised 355B / 32B is ``body and MTP``, Air's 106B / 12B ``body``."""
+        """Name of a way to count -> (total, active). The advertised 355B / 32B is ``body and MTP``, Air's 106B / 12B ``body``.
+
+        The last row is what files with the MTP layer's own copies of embedding and head hold (GLM-4.5's do, GLM-4.6's do not);
+        a copy makes no further parameter active.
+        """
         body, active = self.body + self.final_norm, self.body_active + self.final_norm
         outer = self.embedding + self.head
+        copies = outer if self.mtp else 0
         return {
             "body": (body, active),
             "body and MTP": (body + self.mtp, active + self.mtp_active),
-            "body, embedding and head": (body + outer, active + outer),
+            "body, embedding and head": (self.total_without_mtp, active + outer),
             "body and head": (body + self.head, active + self.head),
             "everything": (self.total, self.active),
+            "everything, and MTP's copies of embedding and head": (self.total + copies, self.active),
         }
 
 
@@ -94,6 +106,7 @@ def parameters(model: Model) -> Parameters:
         mtp_active=model.num_mtp_layers * (used + block.mtp_extra),
         embedding=block.embedding,
         head=block.embedding,
+        router_bias=(with_experts + model.num_mtp_layers) * model.num_experts,
     )
 
 

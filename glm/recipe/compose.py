@@ -20,7 +20,7 @@ from glm.recipe.typed import build, check_keys, field_types
 
 __all__ = ["Run", "load_run", "load_recipe", "dump_recipe", "fingerprint"]
 
-HARDWARE_SECTIONS = {"platform", "launcher", "precision", "kernels", "layout"}
+HARDWARE_SECTIONS = {"platform", "launcher", "device", "precision", "kernels", "layout", "recompute"}
 FILLED_IN = {"name", "stage", "from", "run_folder", "run_tokens_before"}
 """Keys that only the run file decides."""
 ALL_SECTIONS = set().union(*(field_types(kind) for kind in RECIPE_OF_MAIN.values()))

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from glm.recipe.sections import (
-    Batch, Checkpoint, Data, Engine, Evaluation, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
+    Batch, Checkpoint, Data, Device, Engine, Evaluation, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
     Reinforcement, Rollout, Router, Schedule, Section, Tokenizer,
 )
 from glm.recipe.units import PositiveCount
@@ -30,6 +30,7 @@ class StageRecipe(Section):
     precision: Precision = Precision()
     kernels: Kernels = Kernels()
     layout: Layout = Layout()
+    device: Device = Device()
     logging: Logging = Logging()
     deterministic: bool = True
 
@@ -55,6 +56,8 @@ class ModelStageRecipe(StageRecipe):
     schedule: Schedule
     losses: Losses = Losses()
     router: Router = Router()
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; the feed-forward (dense, experts); whole layers."""
     checkpoint: Checkpoint = Checkpoint()
     run_tokens_before: int = 0
     """Tokens of the pre- and mid-training stages this one builds on; filled in from the run file."""

@@ -96,6 +96,16 @@ class Launcher(Section):
     """A rank that waits longer for another gives up, and all stop. Rank 0 prepares the data of a stage while the others wait."""
 
 
+class Device(Section):
+    """What one rank computes on, as far as `glm check` needs to know it."""
+
+    name: str = "the machine's memory"
+    memory_bytes: PositiveCount | None = None
+    """Memory of one device; none: not checked."""
+    reserved_bytes: Annotated[Count, Field(ge=0)] = 0
+    """Part of it that no tensor gets: driver context, communication buffers, fragmentation. A choice, not a computed number."""
+
+
 class Precision(Section):
     params: Literal["fp32", "bf16"] = "bf16"
     """Parameters and activations; gradients, optimizer state, router and its bias are fp32 always."""

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from glm.model.size import blocks, kv_bytes_per_token, parameters, training_flops_per_token
 from glm.recipe.compose import load_run
+from glm.weights.hf_config import config_json
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "glm45"
 LARGE = load_run(CONFIGS / "355b.yaml").stages["chat"].model
@@ -25,19 +27,28 @@ def test_every_block_has_the_size_computed_by_hand(model, attention, dense, expe
     assert (counted.embedding, counted.head, counted.mtp, counted.mtp_active) == (outer, outer, mtp, mtp_active)
 
 
-@pytest.mark.parametrize("model, body, body_active, millions, rounded", [
-    (LARGE, 351_245_917_184, 32_080_354_304, (356_786, 34_034), {
-        "body": (351.246, 32.080), "body and MTP": (355.234, 32.482), "body, embedding and head": (352.798, 33.632),
-        "body and head": (352.022, 32.856), "everything": (356.786, 34.034)}),
-    (AIR, 105_610_727_424, 12_182_605_824, (109_227, 13_723), {
-        "body": (105.611, 12.183), "body and MTP": (107.986, 12.481), "body, embedding and head": (106.852, 13.424),
-        "body and head": (106.231, 12.803), "everything": (109.227, 13.723)}),
+WAYS = ("body", "body and MTP", "body, embedding and head", "body and head", "everything", "everything, and MTP's copies of embedding and head")
+
+
+@pytest.mark.parametrize("model, totals, actives, bias", [
+    (LARGE, (351_245_922_304, 355_233_991_936, 352_797_814_784, 352_021_868_544, 356_785_884_416, 358_337_776_896),
+     (32_080_359_424, 32_482_299_136, 33_632_251_904, 32_856_305_664, 34_034_191_616, 34_034_191_616), 14_400),
+    (AIR, (105_610_731_520, 107_985_790_976, 106_852_245_504, 106_231_488_512, 109_227_304_960, 110_468_818_944),
+     (12_182_609_920, 12_481_488_896, 13_424_123_904, 12_803_366_912, 13_723_002_880, 13_723_002_880), 5_888),
 ])
-def test_totals_are_those_of_the_report_under_every_way_to_count(model, body, body_active, millions, rounded):
+def test_every_way_to_count_gives_the_number_computed_by_hand(model, totals, actives, bias):
     counted = parameters(model)
-    assert (counted.body, counted.body_active) == (body, body_active)
-    assert (round(counted.total / 1e6), round(counted.active / 1e6)) == millions
-    assert {name: (round(total / 1e9, 3), round(active / 1e9, 3)) for name, (total, active) in counted.conventions().items()} == rounded
+    assert counted.conventions() == dict(zip(WAYS, zip(totals, actives), strict=True))
+    assert (counted.total, counted.total_without_mtp, counted.active, counted.router_bias) == (totals[4], totals[2], actives[4], bias)
+
+
+@pytest.mark.parametrize("model", [LARGE, AIR, TINY], ids=["355b", "air", "tiny"])
+def test_transformers_own_model_has_as_many_parameters_without_mtp(model):
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    with torch.device("meta"):
+        theirs = Glm4MoeForCausalLM(Glm4MoeConfig(**config_json(model, rotary_base=10_000, params="bf16")))
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == parameters(model).total_without_mtp
 
 
 def test_a_total_is_the_sum_of_a_name_by_name_listing_of_the_tiny_model():
@@ -61,5 +72,7 @@ def test_flops_are_six_per_active_parameter_and_grow_with_length_by_the_scores()
     active = parameters(LARGE)
     matrices = active.body_active + active.mtp_active + 2 * active.head
     assert training_flops_per_token(LARGE, 4096) == 6 * matrices + 6 * 93 * 96 * 128 * 4096
+    assert [round(training_flops_per_token(LARGE, length) / 1e9) for length in (4096, 32_768, 131_072)] == [232, 429, 1103]
+    assert [round(training_flops_per_token(AIR, length) / 1e9, 1) for length in (4096, 32_768, 131_072)] == [96.5, 195.9, 536.5]
     longer = training_flops_per_token(AIR, 8192) - training_flops_per_token(AIR, 4096)
     assert longer == 6 * 47 * 96 * 128 * 4096
