@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from glm.errors import CheckpointError
 from glm.recipe.sections import Model
+from glm.weights.fp8 import check_quantization_config
 
 # Model field: key in config.json. Every key must be there: transformers and SGLang fill gaps differently (attention_bias
 # is False for one and True for the other), and neither knows head_dim.
@@ -80,7 +81,9 @@ def config_json(
 
 def model_section(config: dict[str, Any], where: str = "config.json") -> Model:
     """The recipe's model section of a config.json. Raises CheckpointError naming the key that this suite does not have."""
-    known = {*_FIELDS.values(), *_FIXED, *_IF_GIVEN, *_ROTARY, *_WITHOUT_MEANING}
+    if config.get("quantization_config") is not None:
+        check_quantization_config(config["quantization_config"], where)
+    known = {*_FIELDS.values(), *_FIXED, *_IF_GIVEN, *_ROTARY, *_WITHOUT_MEANING, "quantization_config"}
     unknown = sorted(key for key, value in config.items() if key not in known and value is not None)
     if unknown:
         key = unknown[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glm.errors import CheckpointError
 from glm.recipe.sections import Model
+from glm.weights import fp8
 from glm.weights.digest import tensor_digest
 from glm.weights.hf_config import model_section, rotary_base
 from glm.weights.hf_folder import CONFIG, INDEX, MANIFEST, PARAMS, SINGLE
@@ -17,7 +18,8 @@ from glm.weights.name_map import check_names, copies, hf_names
 from glm.weights.places import Place, safetensors_places
 
 _TODO = "copy or download the folder again; a file of it is missing or was cut"
-_STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+_PARAMS_TYPE = {params: dtype for dtype, params in PARAMS.items()}
+_STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?$")
 
 
 class HFFolder:
@@ -25,7 +27,8 @@ class HFFolder:
 
     Takes one file or shards with an index, in which the tensors may stand in any order; an expert's matrices on their own
     or all experts of a layer stacked, as transformers 5 holds them (gate_up_proj [E, 2F, H], down_proj [E, H, F]); with or
-    without the MTP layer's copies of embedding and head. The names here are always those of name_map.hf_names.
+    without the MTP layer's copies of embedding and head; matrices in FP8 blocks. The names are always those of
+    name_map.hf_names.
 
     Opening it raises CheckpointError for a file that is cut or missing, a tensor that is missing, unknown, in two files,
     of another shape than config.json's, or of a data type this suite does not have. Where the folder has a manifest, what
@@ -42,11 +45,14 @@ class HFFolder:
         self.rotary_base: int = rotary_base(config, str(config_path))
         manifest = self.folder / MANIFEST
         self._manifest = _section(manifest, "tensors") if manifest.is_file() else {}
-        self._places = _unstacked(_places(self.folder), self.shape)
+        placed = _unstacked(_places(self.folder), self.shape)
+        self._places = {name: place for name, place in placed.items() if not fp8.is_scale(name)}
+        self._scales = {fp8.of_scale(name): place for name, place in placed.items() if fp8.is_scale(name)}
         check_names(self._places, hf_names(self.shape), optional=copies(self.shape), where=str(self.folder))
         self._check_shapes()
+        self._check_scales(config.get("quantization_config") is not None)
         self.params: str = self._params()
-        """``bf16`` when all but the routers are, else ``fp32``, which holds both."""
+        """``bf16`` when all but the routers are, else ``fp32``, which holds both. What is in FP8 is read in this type."""
 
     def __enter__(self) -> "HFFolder":
         return self
@@ -60,10 +66,21 @@ class HFFolder:
         return list(self._places)
 
     def place(self, name: str) -> Place:
-        """Where the tensor's bytes lie: contiguous and row-major, also of one expert's matrix in a stacked tensor."""
+        """Where the tensor's bytes lie: contiguous and row-major, also of one expert's matrix in a stacked tensor.
+
+        A tensor with a ``scale_place`` is in FP8 there, and fp8.dequantise of both is what it means.
+        """
         if name not in self._places:
             raise CheckpointError(str(self.folder), f"no tensor {name}", "every tensor of the model", _TODO)
         return self._places[name]
+
+    def scale_place(self, name: str) -> Place | None:
+        """Where the float32 factors of an FP8 matrix lie; None for a tensor that is not quantised."""
+        return self._scales.get(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type ``get`` gives the tensor in: its own, or for FP8 that of the model."""
+        return _PARAMS_TYPE[self.params] if name in self._scales else self.place(name).dtype
 
     def expected_digest(self, name: str) -> str | None:
         """What the folder's manifest says of the tensor (see tensor_digest); None without a manifest."""
@@ -71,16 +88,20 @@ class HFFolder:
 
     def get(self, name: str) -> Tensor:
         """One tensor, in memory of its own. Raises CheckpointError when it is not there or not what the manifest says."""
-        tensor = self.place(name).read()
-        if self.expected_digest(name) is not None:
-            self.check_digest(name, tensor_digest(tensor))
-        return tensor
+        tensor = self._read(name, self.place(name))
+        if name not in self._scales:
+            return tensor
+        return fp8.dequantise(tensor, self._read(fp8.scale_name(name), self._scales[name]), self.dtype(name))
 
     def check_digest(self, name: str, digest: str) -> None:
-        """Raises CheckpointError when the manifest says something else of the tensor; for who reads the bytes himself."""
+        """Raises CheckpointError when the manifest says something else of the tensor; for who reads the bytes himself.
+
+        ``name`` may be that of FP8 factors (fp8.scale_name).
+        """
         if self.expected_digest(name) not in (None, digest):
+            place = self._scales[fp8.of_scale(name)] if fp8.is_scale(name) else self.place(name)
             raise CheckpointError(
-                f"{self.place(name).path}: {name}", "other bytes than when it was written", f"what {MANIFEST} says",
+                f"{place.path}: {name}", "other bytes than when it was written", f"what {MANIFEST} says",
                 f"export again; if the weights were changed on purpose, remove {self.folder / MANIFEST}",
             )
 
@@ -96,23 +117,49 @@ class HFFolder:
                     "a model with an embedding or head of its own for the MTP layer is not supported",
                 )
 
+    def _read(self, name: str, place: Place) -> Tensor:
+        tensor = place.read()
+        if self.expected_digest(name) is not None:
+            self.check_digest(name, tensor_digest(tensor))
+        return tensor
+
     def _check_shapes(self) -> None:
         expected = hf_shapes(self.shape)
         for name, place in self._places.items():
             if place.shape != expected[name]:
+                raise _misshapen(name, place, expected[name])
+
+    def _check_scales(self, declared: bool) -> None:
+        """FP8 tensors and factors must be pairs, and config.json must say that there are such."""
+        for name, place in self._places.items():
+            scale = self._scales.get(name)
+            if place.dtype is fp8.FP8 and not declared:
+                raise CheckpointError(f"{place.path}: {name}", f"data type {place.dtype}", "a quantization_config in config.json", _TODO)
+            if (place.dtype is fp8.FP8) != (scale is not None):
                 raise CheckpointError(
-                    f"{place.path}: {name}", f"shape {list(place.shape)}", f"shape {list(expected[name])}",
-                    "use the configuration (config.json) that belongs to these weights",
+                    f"{place.path}: {name}", f"{place.dtype} {'without' if scale is None else 'with'} {fp8.scale_name(name)}",
+                    "factors for every FP8 matrix and for no other", _TODO,
                 )
+            if scale is not None and (scale.dtype, scale.shape) != (torch.float32, fp8.scale_shape(place.shape)):
+                raise CheckpointError(
+                    f"{scale.path}: {fp8.scale_name(name)}", f"{scale.dtype} {list(scale.shape)}",
+                    f"float32 {list(fp8.scale_shape(place.shape))}", "use weights quantised in blocks of 128 x 128",
+                )
+        if orphans := sorted(self._scales.keys() - self._places.keys()):
+            raise CheckpointError(
+                f"{self._scales[orphans[0]].path}: {fp8.scale_name(orphans[0])}", f"no tensor {orphans[0]}", "the matrix of the factors",
+                _TODO,
+            )
 
     def _params(self) -> str:
-        for name, place in self._places.items():
+        plain = {name: place for name, place in self._places.items() if name not in self._scales}
+        for name, place in plain.items():
             if place.dtype not in PARAMS:
                 raise CheckpointError(
                     f"{place.path}: {name}", f"data type {place.dtype}", "float32 or bfloat16", "use the unquantised weights",
                 )
         # this suite keeps the routers in float32 whatever the model is in, and the released files their biases
-        types = {place.dtype for name, place in self._places.items() if ".mlp.gate." not in name}
+        types = {place.dtype for name, place in plain.items() if ".mlp.gate." not in name}
         return "bf16" if types == {torch.bfloat16} else "fp32"
 
 
@@ -141,20 +188,23 @@ def _places(folder: Path) -> dict[str, Place]:
 
 def _unstacked(found: dict[str, Place], shape: Model) -> dict[str, Place]:
     """The same with the experts of a stacked tensor each under a name of its own, as parts of its bytes."""
-    result = {}
+    result: dict[str, Place] = {}
     E, F, H = shape.num_experts, shape.expert_ffn_size, shape.hidden_size
     for name, place in found.items():
-        stacked = _STACKED.match(name)
-        if stacked is None:
-            parts = {name: place}
-        else:
-            expected = (E, 2 * F, H) if stacked[2] == "gate_up_proj" else (E, H, F)
+        parts = {name: place}
+        if stacked := _STACKED.match(name):
+            prefix, kind, scale = stacked.groups("")
+            expected = (E, 2 * F, H) if kind == "gate_up_proj" else (E, H, F)
+            if scale:
+                if F % fp8.BLOCK:
+                    raise CheckpointError(
+                        f"{place.path}: {name}", f"experts {F} wide in one stack", f"a multiple of {fp8.BLOCK}: else one block "
+                        "would hold rows of gate and of up", "use a folder with a file entry for each expert",
+                    )
+                expected = fp8.scale_shape(expected)
             if place.shape != expected:
-                raise CheckpointError(
-                    f"{place.path}: {name}", f"shape {list(place.shape)}", f"shape {list(expected)}",
-                    "use the configuration (config.json) that belongs to these weights",
-                )
-            parts = _experts(stacked[1], stacked[2], place, F)
+                raise _misshapen(name, place, expected)
+            parts = {part + scale: where for part, where in _experts(prefix, kind, place).items()}
         twice = result.keys() & parts.keys()
         if twice:
             raise CheckpointError(f"{place.path}: {name}", f"{min(twice)} stands there too", "each expert once", _TODO)
@@ -162,13 +212,23 @@ def _unstacked(found: dict[str, Place], shape: Model) -> dict[str, Place]:
     return result
 
 
-def _experts(prefix: str, kind: str, place: Place, width: int) -> dict[str, Place]:
+def _experts(prefix: str, kind: str, stack: Place) -> dict[str, Place]:
+    """The matrices of [E, H, F], or the upper (gate) and lower half of each of [E, 2F, H]."""
+    experts = {f"{prefix}.{number}": stack.item(number) for number in range(stack.shape[0])}
     if kind == "down_proj":
-        return {f"{prefix}.{expert}.down_proj.weight": place.item(expert) for expert in range(place.shape[0])}
+        return {f"{name}.down_proj.weight": expert for name, expert in experts.items()}
+    half = stack.shape[1] // 2
     return {
-        f"{prefix}.{expert}.{half}_proj.weight": place.item(expert).rows(number * width, (number + 1) * width)
-        for expert in range(place.shape[0]) for number, half in enumerate(("gate", "up"))
+        f"{name}.{part}_proj.weight": expert.rows(first, first + half)
+        for name, expert in experts.items() for part, first in (("gate", 0), ("up", half))
     }
+
+
+def _misshapen(name: str, place: Place, expected: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{place.path}: {name}", f"shape {list(place.shape)}", f"shape {list(expected)}",
+        "use the configuration (config.json) that belongs to these weights",
+    )
 
 
 def _section(path: Path, key: str) -> dict:
