@@ -4,10 +4,9 @@ A checkpoint is a folder ``step_00000120``. It is written as ``.step_00000120.tm
 final name is complete. Loading verifies every file against the manifest first.
 """
 
-import hashlib
-import json
 import shutil
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,53 +16,14 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from glm.checkpoint.manifest import (  # noqa: F401 - the parts that need no megatron, under this name for trainers
+    MANIFEST, CheckpointInfo, checkpoint_steps, digest_files, newest_checkpoint, read_info, step_folder, stored_params, verify,
+)
 from glm.checkpoint.run_folder import write_json
 from glm.errors import CheckpointError, PlatformError
 from glm.platform import active
 from glm.recipe.sections import Model
 from glm.runtime import Runtime
-
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says of itself, readable without loading it."""
-
-    stage: str
-    step: int
-    stage_tokens: int
-    run_tokens: int
-    rotary_base: int
-    megatron: dict = field(default_factory=dict)
-    """The recipe's section of that name: whoever rebuilds the model needs it too."""
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in ``folder``, oldest first."""
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if (path / MANIFEST).exists())
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    steps = checkpoint_steps(folder)
-    return folder / _name(steps[-1]) if steps else None
-
-
-def read_info(checkpoint: Path) -> tuple[CheckpointInfo, Model]:
-    """The checkpoint's own description and the shape of its model. Raises CheckpointError when it is not one."""
-    manifest = _manifest(checkpoint)
-    try:
-        return CheckpointInfo(**manifest["info"]), Model(**manifest["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            str(checkpoint / MANIFEST), f"{type(error).__name__}: {str(error)[:200]}", "the manifest of this release",
-            "use the release that wrote it, or make the checkpoint again",
-        ) from error
-
-
-def stored_params(checkpoint: Path) -> str:
-    """``fp32`` or ``bf16``: the type the checkpoint's weights are stored in. Raises CheckpointError when it is not one."""
-    return _manifest(checkpoint)["params"]
 
 
 def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, runtime: Runtime, keep: int) -> Path:
@@ -71,8 +31,8 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
 
     Raises PlatformError when the disk is full; what was there before is untouched.
     """
-    final = folder / _name(info.step)
-    draft = folder / f".{_name(info.step)}.tmp"
+    final = folder / step_folder(info.step)
+    draft = folder / f".{step_folder(info.step)}.tmp"
     state = _sharded_state(model, optimizer)
     _require_space(folder, state, runtime)
     if runtime.is_first:
@@ -85,7 +45,7 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
         if runtime.is_first:
             _publish(draft, final, info, shape, "bf16" if next(model.parameters()).dtype is torch.bfloat16 else "fp32")
             for step in checkpoint_steps(folder)[:-keep]:
-                shutil.rmtree(folder / _name(step))
+                shutil.rmtree(folder / step_folder(step))
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:  # a writer's death is a RuntimeError
         reason = str(error).strip().splitlines()[-1][:300]
         free = shutil.disk_usage(folder).free
@@ -99,7 +59,8 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
 
 def load(checkpoint: Path, model, optimizer=None) -> CheckpointInfo:
     """Loads weights, and with ``optimizer`` its state and the generator's, into place. Every file is verified first."""
-    verify(checkpoint)
+    if not verify(checkpoint):
+        warnings.warn(f"{checkpoint} was written without digests: sizes of its files compared, their contents not verified", stacklevel=2)
     state = _sharded_state(model, optimizer)
     state["rng"] = torch.empty(0)
     try:
@@ -124,29 +85,11 @@ def load(checkpoint: Path, model, optimizer=None) -> CheckpointInfo:
     return read_info(checkpoint)[0]
 
 
-def verify(checkpoint: Path) -> None:
-    """Compares every file with the manifest's size and digest. Raises CheckpointError naming the first that differs."""
-    for name, expected in _manifest(checkpoint)["files"].items():
-        path = checkpoint / name
-        if not path.exists():
-            _corrupt(path, "no such file", f"{expected['bytes']} bytes")
-        if path.stat().st_size != expected["bytes"]:
-            _corrupt(path, f"{path.stat().st_size} bytes", f"{expected['bytes']} bytes")
-        digest = _digest(path)
-        if digest != expected["sha256"]:
-            _corrupt(path, f"sha256 {digest[:16]}…", f"sha256 {expected['sha256'][:16]}…")
-
-
-def _corrupt(path: Path, found: str, expected: str) -> None:
-    raise CheckpointError(
-        str(path), found, expected,
-        f"the file changed after it was written; remove {path.parent} to continue from the checkpoint before it",
-    )
-
-
 def _sharded_state(model, optimizer) -> dict:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    # _extra_state is empty or FP8 history of one kernel; without it a checkpoint fits every kernel and every converter
+    sharded = model.sharded_state_dict(metadata=metadata)
+    state = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"])
     return state
@@ -178,35 +121,9 @@ def _local_tensors(value) -> list[torch.Tensor]:
 
 
 def _publish(draft: Path, final: Path, info: CheckpointInfo, shape: Model, params: str) -> None:
-    files = {
-        str(path.relative_to(draft)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(draft.rglob("*")) if path.is_file()
-    }
     write_json(draft / MANIFEST, {
-        "info": asdict(info), "model": shape.model_dump(), "params": params, "files": files,
+        "info": asdict(info), "model": shape.model_dump(), "params": params, "files": digest_files(draft),
     })
     if final.exists():
         shutil.rmtree(final)
     draft.replace(final)
-
-
-def _manifest(checkpoint: Path) -> dict:
-    path = checkpoint / MANIFEST
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            str(checkpoint), "no manifest.json", "a checkpoint folder such as RUN/stages/STAGE/checkpoints/step_00000120",
-            "give the folder of a run or of one of its checkpoints",
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(str(path), str(error), "JSON", f"remove {checkpoint} to continue from the one before it") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"

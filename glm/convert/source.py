@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm.checkpoint import store
+from glm.checkpoint import manifest
 from glm.checkpoint.run_folder import RunFolder
 from glm.errors import CheckpointError
 
@@ -21,12 +21,12 @@ def find_source(path: Path, stage: str | None = None) -> Source:
     Without ``stage``: of the training stage that finished last. Raises CheckpointError when there is none.
     """
     path = Path(path)
-    if (path / store.MANIFEST).is_file():
+    if (path / manifest.MANIFEST).is_file():
         return Source(path, _tokenizer(_run_of(path)))
-    if newest := store.newest_checkpoint(path):  # the folder from_hf wrote, or a stage's checkpoints
+    if newest := manifest.newest_checkpoint(path):  # the folder from_hf wrote, or a stage's checkpoints
         return Source(newest, _tokenizer(_run_of(newest)))
     run = RunFolder(path)
-    stages = sorted(folder.name for folder in (path / "stages").glob("*") if store.checkpoint_steps(run.checkpoints(folder.name)))
+    stages = sorted(folder.name for folder in (path / "stages").glob("*") if manifest.checkpoint_steps(run.checkpoints(folder.name)))
     if not stages:
         raise CheckpointError(
             str(path), "neither a checkpoint nor a run with checkpoints",
@@ -42,7 +42,7 @@ def find_source(path: Path, stage: str | None = None) -> Source:
         stage = max(finished, key=lambda name: run.done(name).stat().st_mtime_ns)
     elif stage not in stages:
         raise CheckpointError(f"{path}: stage {stage}", "no checkpoint", f"one of {', '.join(stages)}", "correct --stage")
-    return Source(store.newest_checkpoint(run.checkpoints(stage)), _tokenizer(path))
+    return Source(manifest.newest_checkpoint(run.checkpoints(stage)), _tokenizer(path))
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -1,0 +1,161 @@
+"""A checkpoint's manifest.json: what it is, and the digests of its bytes. Needs neither megatron nor a process group.
+
+Files of tensors are digested item by item (an item is a chunk of a tensor as it is stored), so a changed byte is told with
+the tensor's name, and a reader of some tensors need not read the others.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glm.checkpoint import torch_dist
+from glm.errors import CheckpointError
+from glm.recipe.sections import Model
+
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself, readable without loading it."""
+
+    stage: str
+    step: int
+    stage_tokens: int
+    run_tokens: int
+    rotary_base: int
+    megatron: dict = field(default_factory=dict)
+    """The recipe's section of that name: whoever rebuilds the model needs it too."""
+
+
+def step_folder(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in ``folder``, oldest first."""
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if (path / MANIFEST).exists())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    steps = checkpoint_steps(folder)
+    return folder / step_folder(steps[-1]) if steps else None
+
+
+def read_info(checkpoint: Path) -> tuple[CheckpointInfo, Model]:
+    """The checkpoint's own description and the shape of its model. Raises CheckpointError when it is not one."""
+    manifest = read_manifest(checkpoint)
+    try:
+        return CheckpointInfo(**manifest["info"]), Model(**manifest["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            str(checkpoint / MANIFEST), f"{type(error).__name__}: {str(error)[:200]}", "the manifest of this release",
+            "use the release that wrote it, or make the checkpoint again",
+        ) from error
+
+
+def stored_params(checkpoint: Path) -> str:
+    """``fp32`` or ``bf16``: the type the checkpoint's weights are stored in. Raises CheckpointError when it is not one."""
+    return read_manifest(checkpoint)["params"]
+
+
+def read_manifest(checkpoint: Path) -> dict:
+    path = checkpoint / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            str(checkpoint), "no manifest.json", "a checkpoint folder such as RUN/stages/STAGE/checkpoints/step_00000120",
+            "give the folder of a run or of one of its checkpoints",
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(str(path), str(error), "JSON", f"remove {checkpoint} to continue from the one before it") from error
+
+
+def digest_files(folder: Path) -> dict[str, dict]:
+    """The manifest's entry for every file of a checkpoint just written: its size, and digests of its items or of the whole."""
+    of_file: dict[str, list[torch_dist.Item]] = {}
+    for item in torch_dist.items(folder):
+        of_file.setdefault(item.file, []).append(item)
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        entries[name] = {"bytes": path.stat().st_size}
+        if name in of_file:
+            entries[name]["items"] = {
+                item.label: {"offset": item.offset, "bytes": item.length, "sha256": range_digest(path, item.offset, item.length)}
+                for item in of_file[name]
+            }
+        else:
+            entries[name]["sha256"] = range_digest(path, 0, path.stat().st_size)
+    return entries
+
+
+def verify(checkpoint: Path) -> bool:
+    """Compares every file with the manifest's size and digests. Raises CheckpointError naming the first that differs.
+
+    False when the checkpoint was written without digests: sizes were compared, contents could not be.
+    """
+    files = read_manifest(checkpoint)["files"]
+    check_sizes(checkpoint, files)
+    for name, entry in files.items():
+        for label, part in parts(entry).items():
+            check_part(checkpoint / name, label, part)
+    return all(parts(entry) for entry in files.values())
+
+
+def check_sizes(checkpoint: Path, files: dict[str, dict]) -> None:
+    """Raises CheckpointError for a file that is missing or of another size than the manifest's."""
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not path.exists():
+            _corrupt(path, path, "no such file", f"{entry['bytes']} bytes")
+        if path.stat().st_size != entry["bytes"]:
+            _corrupt(path, path, f"{path.stat().st_size} bytes", f"{entry['bytes']} bytes")
+
+
+def parts(entry: dict) -> dict[str, dict]:
+    """{label: {offset, bytes, sha256}} of what the manifest can prove of a file; {} for one written without digests."""
+    if "items" in entry:
+        return entry["items"]
+    return {"": {"offset": 0, "bytes": entry["bytes"], "sha256": entry["sha256"]}} if "sha256" in entry else {}
+
+
+def check_part(path: Path, label: str, part: dict) -> None:
+    """Raises CheckpointError naming file and tensor when the bytes are not those that were written."""
+    digest = range_digest(path, part["offset"], part["bytes"])
+    if digest != part["sha256"]:
+        _corrupt(path, f"{path}: {label}" if label else path, f"sha256 {digest[:16]}…", f"sha256 {part['sha256'][:16]}…")
+
+
+def range_digest(path: Path, offset: int, length: int) -> str:
+    """Hex SHA-256 of ``length`` bytes of a file, of which one block is in memory at a time."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_BLOCK, length)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while length:
+            count = file.readinto(buffer[: min(len(buffer), length)])
+            if not count:
+                break  # the digest of fewer bytes is another one
+            digest.update(buffer[:count])
+            length -= count
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Returns when the file's bytes, or the folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _corrupt(path: Path, where: object, found: str, expected: str) -> None:
+    raise CheckpointError(
+        str(where), found, expected,
+        f"the file changed after it was written; remove {path.parent} to continue from the checkpoint before it",
+    )
