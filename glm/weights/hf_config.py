@@ -79,6 +79,25 @@ def config_json(
     }
 
 
+def exported_config(
+    original: dict[str, Any], shape: Model, *, rotary_base: int, params: str, quantization_config: dict[str, Any] | None = None,
+    where: str = "config.json",
+) -> dict[str, Any]:
+    """The config.json of an export whose weights once came with ``original``: that, where it still describes the model.
+
+    The weights' type and quantisation are those given. A model of another shape or rotation gets a new configuration, in
+    which ``original`` keeps only what says nothing of the network (token ids, names).
+    """
+    same = model_section(original, where) == shape and _rotary(original, "rope_theta", where) == rotary_base
+    if same:
+        config = {key: value for key, value in original.items() if key != "quantization_config"}
+        config |= {key: _DTYPES[params] for key in ("dtype", "torch_dtype") if key in original}
+    else:
+        kept = {key: value for key, value in original.items() if key in _WITHOUT_MEANING - {"dtype", "torch_dtype"}}
+        config = config_json(shape, rotary_base=rotary_base, params=params) | kept
+    return config if quantization_config is None else config | {"quantization_config": quantization_config}
+
+
 def model_section(config: dict[str, Any], where: str = "config.json") -> Model:
     """The recipe's model section of a config.json. Raises CheckpointError naming the key that this suite does not have."""
     if config.get("quantization_config") is not None:
