@@ -6,6 +6,7 @@ import pytest
 from transformers import Glm4MoeConfig
 
 from glm.errors import CheckpointError
+from glm.model.size import parameters
 from glm.weights.hf_config import config_json, model_section, rotary_base
 from tests.model_fixture import SHAPES, tiny_shape, transformers_config
 
@@ -53,3 +54,25 @@ def test_a_key_that_readers_fill_in_differently_must_be_there(key):
     del config[key]
     with pytest.raises(CheckpointError, match=f"config.json: {key}\n.*no such key"):
         model_section(config)
+
+
+RELEASED = {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu",
+    "partial_rotary_factor": 0.5, "initializer_range": 0.02, "max_position_embeddings": 131072, "model_type": "glm4_moe",
+    "norm_topk_prob": True, "num_attention_heads": 96, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000, "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.54.0", "use_cache": True, "vocab_size": 151552,
+}
+"""The keys of the released folders; their values as the technical report has them."""
+
+
+@pytest.mark.parametrize(("own", "total"), [
+    ({"hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 160, "use_qk_norm": True,
+      "routed_scaling_factor": 2.5, "first_k_dense_replace": 3, "num_hidden_layers": 92}, 356_785_884_416),
+    ({"hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 128, "use_qk_norm": False,
+      "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "num_hidden_layers": 46}, 109_227_304_960),
+], ids=["355B", "Air"])
+@pytest.mark.parametrize("eos", [151329, [151329, 151336, 151338]], ids=["base", "chat"])
+def test_the_released_configurations_are_understood(own, total, eos):
+    config = RELEASED | own | {"eos_token_id": eos, "pad_token_id": 151329}
+    assert parameters(model_section(config)).total == total and rotary_base(config) == 1_000_000
