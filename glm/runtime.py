@@ -22,9 +22,8 @@ class Runtime:
     rank: int
     world_size: int
     dp_rank: int
+    """Of the ranks that read different sequences."""
     dp_size: int
-    ep_rank: int
-    ep_size: int
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +58,7 @@ def start(recipe: StageRecipe) -> Runtime:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.etp,
@@ -76,8 +76,6 @@ def start(recipe: StageRecipe) -> Runtime:
         world_size=world_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        ep_size=parallel_state.get_expert_model_parallel_world_size(),
     )
 
 

@@ -83,11 +83,11 @@ def megatron_model(shape: Model, tensors: dict[str, Tensor] | None = None, *, pa
     if tensors is None:
         from glm.model.initialize import initialize
 
-        initialize(model, seed=0, init_std=shape.init_std, num_layers=shape.num_layers)
+        initialize([model], seed=0, shape=shape)
     else:
         from glm.weights.gather import load_hf_tensors
 
-        load_hf_tensors(model, shape, tensors.__getitem__)
+        load_hf_tensors([model], shape, tensors.__getitem__)
     return model
 
 

@@ -26,14 +26,14 @@ from glm.recipe.sections import Model
 from glm.runtime import Runtime
 
 
-def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, runtime: Runtime, keep: int) -> Path:
-    """Writes one checkpoint from all ranks and removes the oldest beyond ``keep``. ``optimizer`` None: weights only.
+def save(folder: Path, info: CheckpointInfo, shape: Model, chunks, optimizer, runtime: Runtime, keep: int) -> Path:
+    """Writes one checkpoint of the model chunks of all ranks and removes the oldest beyond ``keep``. ``optimizer`` None: weights only.
 
     Raises PlatformError when the disk is full; what was there before is untouched.
     """
     final = folder / step_folder(info.step)
     draft = folder / f".{step_folder(info.step)}.tmp"
-    state = _sharded_state(model, optimizer)
+    state = _sharded_state(chunks, optimizer)
     _require_space(folder, state, runtime)
     if runtime.is_first:
         shutil.rmtree(draft, ignore_errors=True)
@@ -43,7 +43,7 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
     try:
         serialization.save(state, str(draft))
         if runtime.is_first:
-            _publish(draft, final, info, shape, "bf16" if next(model.parameters()).dtype is torch.bfloat16 else "fp32")
+            _publish(draft, final, info, shape, _params(chunks))
             for step in checkpoint_steps(folder)[:-keep]:
                 shutil.rmtree(folder / step_folder(step))
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:  # a writer's death is a RuntimeError
@@ -57,11 +57,11 @@ def save(folder: Path, info: CheckpointInfo, shape: Model, model, optimizer, run
     return final
 
 
-def load(checkpoint: Path, model, optimizer=None) -> CheckpointInfo:
+def load(checkpoint: Path, chunks, optimizer=None) -> CheckpointInfo:
     """Loads weights, and with ``optimizer`` its state and the generator's, into place. Every file is verified first."""
     if not verify(checkpoint):
         warnings.warn(f"{checkpoint} was written without digests: sizes of its files compared, their contents not verified", stacklevel=2)
-    state = _sharded_state(model, optimizer)
+    state = _sharded_state(chunks, optimizer)
     state["rng"] = torch.empty(0)
     try:
         loaded = serialization.load(state, str(checkpoint))
@@ -71,13 +71,14 @@ def load(checkpoint: Path, model, optimizer=None) -> CheckpointInfo:
             "tensors with the names and shapes of the recipe's model",
             "use the recipe the checkpoint was made with (its recipe.json lies beside it)",
         ) from error
-    incompatible = model.load_state_dict(loaded["model"], strict=False)
-    missing = [key for key in incompatible.missing_keys if not key.endswith("_extra_state")]
-    if missing or incompatible.unexpected_keys:
-        raise CheckpointError(
-            str(checkpoint), f"missing {missing[:5]}, unexpected {incompatible.unexpected_keys[:5]}",
-            "exactly the tensors of the model", "use the recipe the checkpoint was made with",
-        )
+    for number, chunk in enumerate(chunks):
+        incompatible = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        missing = [key for key in incompatible.missing_keys if not key.endswith("_extra_state")]
+        if missing or incompatible.unexpected_keys:
+            raise CheckpointError(
+                str(checkpoint), f"missing {missing[:5]}, unexpected {incompatible.unexpected_keys[:5]}",
+                "exactly the tensors of the model", "use the recipe the checkpoint was made with",
+            )
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         if loaded["rng"].numel():
@@ -85,14 +86,21 @@ def load(checkpoint: Path, model, optimizer=None) -> CheckpointInfo:
     return read_info(checkpoint)[0]
 
 
-def _sharded_state(model, optimizer) -> dict:
+def _sharded_state(chunks, optimizer) -> dict:
+    """Tensors by chunk of this rank; their keys in the checkpoint count the layers of the whole model."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    # _extra_state is empty or FP8 history of one kernel; without it a checkpoint fits every kernel and every converter
-    sharded = model.sharded_state_dict(metadata=metadata)
-    state = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
+    state = {}
+    for number, chunk in enumerate(chunks):
+        # _extra_state is empty or FP8 history of one kernel; without it a checkpoint fits every kernel and every converter
+        sharded = chunk.sharded_state_dict(metadata=metadata)
+        state[f"model{number}"] = {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"])
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state))
     return state
+
+
+def _params(chunks) -> str:
+    return "bf16" if next(chunks[0].parameters()).dtype is torch.bfloat16 else "fp32"
 
 
 def _require_space(folder: Path, state: dict, runtime: Runtime) -> None:

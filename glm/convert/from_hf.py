@@ -37,6 +37,6 @@ def from_hf(hf_folder: Path, checkpoint_folder: Path, *, platform: str = "host",
                 bar.update()
                 return folder.get(name)
 
-            load_hf_tensors(model, shape, get)
+            load_hf_tensors([model], shape, get)
         info = store.CheckpointInfo(stage=STAGE, step=0, stage_tokens=0, run_tokens=0, rotary_base=folder.rotary_base)
-        return store.save(checkpoint_folder, info, shape, model, None, runtime, keep=1)
+        return store.save(checkpoint_folder, info, shape, [model], None, runtime, keep=1)

@@ -27,9 +27,9 @@ def to_hf(
     info, shape = store.read_info(found.checkpoint)
     one_rank.start(shape, platform=platform)
     model = one_rank.build(shape, params=store.stored_params(found.checkpoint), rotary_base=info.rotary_base, megatron=info.megatron)
-    store.load(found.checkpoint, model)
+    store.load(found.checkpoint, [model])
     return write_folder(
-        Path(out), _with_bar(hf_tensors(model, shape), len(hf_names(shape))), shape, rotary_base=info.rotary_base,
+        Path(out), _with_bar(hf_tensors([model], shape), len(hf_names(shape))), shape, rotary_base=info.rotary_base,
         tokenizer=tokenizer or found.tokenizer, max_shard_bytes=max_shard_bytes, with_copies=with_copies,
         source={"stage": info.stage, "step": info.step, "run_tokens": info.run_tokens},
     )

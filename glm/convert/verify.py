@@ -47,7 +47,7 @@ def verify(
         one_rank.start(shape, platform=platform, seed=seed)
         params = store.stored_params(checkpoint)
         model = one_rank.build(shape, params=params, rotary_base=info.rotary_base, megatron=info.megatron)
-        store.load(checkpoint, model)
+        store.load(checkpoint, [model])
         differences = _differences(model, shape, folder)
     if params != "fp32":
         exact = one_rank.build(shape, params="fp32", rotary_base=info.rotary_base, megatron=info.megatron)
@@ -72,7 +72,7 @@ def _require_same_shape(folder: HFFolder, expected: dict) -> None:
 def _differences(model, shape, folder: HFFolder) -> dict[str, float]:
     """{name: largest absolute difference} of the tensors that are not equal."""
     found = {}
-    for name, tensor in tqdm(hf_tensors(model, shape), total=len(hf_names(shape)), desc="compare", unit="tensor", disable=None):
+    for name, tensor in tqdm(hf_tensors([model], shape), total=len(hf_names(shape)), desc="compare", unit="tensor", disable=None):
         other = folder.get(name)
         is_bias = name.endswith("e_score_correction_bias")
         own = tensor.cpu() if is_bias else tensor.cpu().to(other.dtype)

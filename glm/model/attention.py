@@ -1,64 +1,21 @@
-"""Core attention by torch's scaled_dot_product_attention: causal, grouped queries, inside documents.
+"""Core attention by torch's scaled_dot_product_attention: causal, grouped queries, inside documents, over context-parallel ranks.
 
-Legend: S sequence, B batch, T packed tokens, N query heads, G key/value heads, D head dimension.
+Under context parallelism each rank keeps its queries and gathers keys and values of the whole row (8 heads of 128 in GLM-4.5:
+a twelfth of the queries), as Llama 3 did; the gradient of what was gathered is summed back to its owner.
+
+Legend: S sequence (of this rank), R the whole row, B batch, N query heads, G key/value heads, D head dimension.
 """
 
-from dataclasses import dataclass
-
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
+from torch.nn.attention.bias import causal_lower_right
 
-
-@dataclass(frozen=True)
-class DocumentGroup:
-    """Documents of similar length that share one attention call.
-
-    ``rows``: int64 [documents, longest], indices into the pack (padding repeats the last token, whose causal mask never
-    reaches a real query). ``real``: bool of the same shape.
-    """
-
-    rows: torch.Tensor
-    real: torch.Tensor
-    tokens: torch.Tensor
-    """int64 [real tokens]: where the results go in the pack."""
-
-
-def document_groups(lengths: list[int]) -> list[DocumentGroup]:
-    """Groups documents so that no more than about half of a group is padding: one group a power of two."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    buckets: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        if length:
-            buckets.setdefault(length.bit_length(), []).append(index)
-    groups = []
-    for members in buckets.values():
-        sizes = torch.tensor([lengths[index] for index in members])[:, None]
-        first = torch.tensor([starts[index] for index in members])[:, None]
-        column = torch.arange(int(sizes.max()))[None, :]
-        rows = first + torch.minimum(column, sizes - 1)
-        real = column < sizes
-        groups.append(DocumentGroup(rows, real, rows[real]))
-    return groups
-
-
-def pack_params(lengths: list[int], device: torch.device) -> PackedSeqParams:
-    """What megatron wants to know of a pack of documents, with our attention's groups attached."""
-    bounds = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device=device, dtype=torch.int32)
-    params = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
-    )
-    params.groups = [
-        DocumentGroup(group.rows.to(device), group.real.to(device), group.tokens.to(device))
-        for group in document_groups(lengths)
-    ]
-    return params
+from glm.model.documents import DocumentGroup, Documents, Segment
 
 
 class SDPAttention(torch.nn.Module):
-    """megatron's core attention: [S, B, N, D] causal, or packed documents [T, N, D]."""
+    """megatron's core attention for [S, B, N, D]; ``Documents`` says what attends to what, whole causal rows without it."""
 
     def __init__(
         self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
@@ -66,30 +23,75 @@ class SDPAttention(torch.nn.Module):
     ):
         super().__init__()
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
-        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None,
+        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
+        packed_seq_params: Documents | None = None,
     ) -> torch.Tensor:
-        """Returns [S, B, N*D], or [T, N*D] for a pack."""
-        if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.groups)
+        """Returns [S, B, N*D]."""
         S, B = query.shape[:2]
-        out = self._causal(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
+        if self.cp_group.size() > 1:
+            assert packed_seq_params is not None, "under context parallelism a batch says which part of the row is here"
+            key, value = _WholeRow.apply(torch.stack([key, value]), packed_seq_params.order, self.cp_group).unbind(0)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if packed_seq_params is None:
+            out = self._causal(query, key, value)
+        else:
+            out = self._in_documents(query, key, value, packed_seq_params)
         return out.permute(2, 0, 1, 3).reshape(S, B, -1)
 
-    def _packed(self, query, key, value, groups: list[DocumentGroup]) -> torch.Tensor:
-        T = query.shape[0]
-        results = []
+    def _in_documents(self, query_BNSD, key_BGRD, value_BGRD, documents: Documents) -> torch.Tensor:
+        segments, groups = documents.segments, documents.groups
+        if len(segments) == 1 and not groups:
+            return self._segment(query_BNSD, key_BGRD, value_BGRD, segments[0])
+        results = [self._segment(query_BNSD, key_BGRD, value_BGRD, segment) for segment in segments]
+        places = [torch.arange(segment.queries.start, segment.queries.stop, device=query_BNSD.device) for segment in segments]
         for group in groups:
-            shape = group.rows.shape
-            rows = group.rows.reshape(-1)
-            padded = (tensor.index_select(0, rows).unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value))
-            results.append(self._causal(*padded).transpose(1, 2)[group.real])
-        order = torch.cat([group.tokens for group in groups]).argsort()
-        return torch.cat(results).index_select(0, order).reshape(T, -1)
+            results.append(self._group(query_BNSD, key_BGRD, value_BGRD, group))
+            places.append(group.tokens)
+        return torch.cat(results, dim=2).index_select(2, torch.cat(places).argsort())
 
-    def _causal(self, query_BNSD, key_BGSD, value_BGSD) -> torch.Tensor:
-        grouped = query_BNSD.shape[1] != key_BGSD.shape[1]
-        return F.scaled_dot_product_attention(
-            query_BNSD, key_BGSD, value_BGSD, is_causal=True, scale=self.scale, enable_gqa=grouped,
+    def _segment(self, query_BNSD, key_BGRD, value_BGRD, segment: Segment) -> torch.Tensor:
+        """[B, N, queries of the segment, D]."""
+        return self._causal(
+            query_BNSD[:, :, segment.queries], key_BGRD[:, :, segment.keys], value_BGRD[:, :, segment.keys],
         )
+
+    def _group(self, query_1NSD, key_1GRD, value_1GRD, group: DocumentGroup) -> torch.Tensor:
+        """[1, N, real tokens of the group, D]; each document of the group is a batch entry of its own."""
+        def documents(tensor_1HSD, places):
+            return tensor_1HSD[0].index_select(1, places.reshape(-1)).unflatten(1, places.shape).transpose(0, 1)
+
+        out = self._causal(
+            documents(query_1NSD, group.queries), documents(key_1GRD, group.keys), documents(value_1GRD, group.keys),
+        )
+        return out.transpose(1, 2)[group.real].transpose(0, 1)[None]
+
+    def _causal(self, query, key, value) -> torch.Tensor:
+        """The last query sees every key; with fewer queries than keys the first ones stand further down the diagonal."""
+        queries, keys = query.shape[-2], key.shape[-2]
+        same = queries == keys
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if same else causal_lower_right(queries, keys), is_causal=same, scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+class _WholeRow(torch.autograd.Function):
+    """[2, S, ...] of each context-parallel rank to [2, R, ...] in the order of the row; backward sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx, part, order, group):
+        gathered = part.new_empty(group.size(), *part.shape)
+        dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)
+        ctx.order, ctx.group = order, group
+        return gathered.transpose(0, 1).flatten(1, 2).index_select(1, order)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        size = ctx.group.size()
+        by_rank = gradient.index_select(1, ctx.order.argsort()).unflatten(1, (size, -1)).transpose(0, 1).contiguous()
+        own = torch.empty_like(by_rank[0])
+        dist.reduce_scatter_tensor(own, by_rank, group=ctx.group)
+        return own, None, None

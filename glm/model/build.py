@@ -1,5 +1,7 @@
-"""From a TransformerConfig to a model on this rank."""
+"""From a TransformerConfig to the model chunks of this rank."""
 
+import torch
+from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
 from glm.model.gpt import Glm45Model
@@ -8,18 +10,30 @@ from glm.platform import active
 from glm.recipe.sections import Model
 
 
-def build_model(config: TransformerConfig, model: Model, *, rotary_base: int) -> Glm45Model:
-    """The network of ``model`` on this rank's device; weights are not initialised."""
-    decoder = decoder_spec(config)
-    built = Glm45Model(
+def build_chunks(
+    config: TransformerConfig, model: Model, *, rotary_base: int, device: torch.device | None = None,
+) -> list[Glm45Model]:
+    """The parts of the network of ``model`` that this rank holds: one, or ``layout.vpp`` of them. Weights are not initialised.
+
+    ``device``: this rank's by default; ``meta`` allocates nothing.
+    """
+    device = device or active().device
+    count = config.virtual_pipeline_model_parallel_size
+    with device:
+        return [_chunk(config, model, rotary_base, stage).to(device) for stage in ([None] if count is None else range(count))]
+
+
+def _chunk(config: TransformerConfig, model: Model, rotary_base: int, vp_stage: int | None) -> Glm45Model:
+    return Glm45Model(
         config,
-        decoder,
+        decoder_spec(config, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position,
-        position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         rotary_percent=model.rotary_percent,
         rotary_base=rotary_base,
         share_embeddings_and_output_weights=False,
-        mtp_block_spec=mtp_spec(config, decoder),
+        mtp_block_spec=mtp_spec(config, vp_stage),
+        vp_stage=vp_stage,
     )
-    return built.to(active().device)

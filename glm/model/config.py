@@ -99,6 +99,9 @@ def transformer_config(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.tp > 1,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(model, layout),
+        variable_seq_lengths=layout.pp > 1,  # packed samples of RL differ in length from one micro-batch to the next
     )
     _merge_upstream(fields, upstream or {}, {field.name for field in dataclasses.fields(TransformerConfig)})
     return TransformerConfig(**fields)
@@ -114,6 +117,16 @@ def stage_config(recipe: ModelStageRecipe):
         sequence_balance_weight=recipe.losses.sequence_balance_weight,
         upstream=recipe.megatron,
     )
+
+
+def _pipeline_layout(model: Model, layout: Layout) -> list[list[str]] | None:
+    """What each chunk holds, in the order of the network; None without a pipeline."""
+    if layout.pp == 1:
+        return None
+    chunks = [["decoder"] * count for count in layout.layers_per_chunk(model)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1] += ["mtp"] * model.num_mtp_layers + ["loss"]
+    return chunks
 
 
 def _merge_upstream(fields: dict, upstream: dict[str, object], known: set[str]) -> None:

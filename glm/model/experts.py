@@ -1,18 +1,20 @@
 """The routed experts of one rank as two stacked tensors and one grouped matrix product each.
 
-Legend: E experts of this rank, H hidden, F inner width, T (token, expert) pairs of this rank, sorted by expert.
+Legend: E experts of this rank, H hidden, F inner width of an expert on this rank (expert tensor parallelism divides it),
+T (token, expert) pairs of this rank, sorted by expert.
 """
 
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 
 
 class StackedExperts(MegatronModule):
     """Gated experts: ``weight1`` [E, 2F, H] is [gate; up] of each expert, ``weight2`` [E, H, F] is down.
 
-    Stacked parameters let Muon orthogonalise all experts of a layer in one batch, and keep one gradient buffer a layer.
+    Under expert tensor parallelism a rank's output is a partial sum, which the token dispatcher adds up. Stacked parameters let Muon orthogonalise all experts of a layer in one batch, and keep one gradient buffer a layer.
     """
 
     grouped = True
@@ -20,17 +22,21 @@ class StackedExperts(MegatronModule):
 
     def __init__(self, num_local_experts, config, submodules=None, pg_collection=None):
         super().__init__(config=config)
-        inner, hidden = config.moe_ffn_hidden_size, config.hidden_size
+        self.ep_rank, self.ep_size = pg_collection.ep.rank(), pg_collection.ep.size()
+        self.etp_rank, self.etp_size = pg_collection.expt_tp.rank(), pg_collection.expt_tp.size()
+        self.expert_dp_rank = pg_collection.expt_dp.rank()
+        inner, hidden = config.moe_ffn_hidden_size // self.etp_size, config.hidden_size
         self.num_local_experts = num_local_experts
         self.weight1 = torch.nn.Parameter(torch.empty(num_local_experts, 2 * inner, hidden, dtype=config.params_dtype))
         self.weight2 = torch.nn.Parameter(torch.empty(num_local_experts, hidden, inner, dtype=config.params_dtype))
-        self.ep_rank, self.ep_size = pg_collection.ep.rank(), pg_collection.ep.size()
-        self.expert_dp_rank = pg_collection.expt_dp.rank()
-        for parameter in self.parameters():
+        for dimension, parameter in ((1, self.weight1), (2, self.weight2)):
             # Always the expert gradient buffer. Upstream does so only for EP > 1 (tensor_parallel/layers.py:829), and at
             # EP = ETP = 1 with TP > 1 expert gradients are then never summed over TP.
             parameter.allreduce = False
             parameter.is_stacked_expert = True
+            parameter.tensor_model_parallel = self.etp_size > 1
+            parameter.partition_dim = dimension if self.etp_size > 1 else -1
+            parameter.partition_stride = 1
 
     def forward(self, hidden_TH, tokens_per_expert, probs_T):
         """Returns ([T, H], None): the routing weight is applied between the two products, as upstream does."""
@@ -40,15 +46,29 @@ class StackedExperts(MegatronModule):
         return multiply(inner_TF, self.weight2, tokens_per_expert), None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """One global [experts, ...] tensor a weight, cut along the experts."""
+        """One global tensor a weight, [experts, 2 x inner, H] and [experts, H, inner], cut along experts and inner width."""
         axis = len(sharded_offsets)
-        return {
-            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
-                f"{prefix}{name}", parameter, *sharded_offsets, (axis, self.ep_rank, self.ep_size),
-                replica_id=(0, 0, self.expert_dp_rank), prepend_axis_num=axis,
+        replica = (0, 0, self.expert_dp_rank)
+
+        def piece(key, data, inner_axis, place, places):
+            return ShardedTensor.from_rank_offsets(
+                key, data, *sharded_offsets, (axis, self.ep_rank, self.ep_size), (axis + inner_axis, place, places),
+                replica_id=replica, prepend_axis_num=axis,
             )
-            for name, parameter in self.named_parameters()
-        }
+
+        def gate_and_up(key, data, replica_id, flattened_range):
+            return [
+                piece(key, half, 1, self.etp_rank + number * self.etp_size, 2 * self.etp_size)
+                for number, half in enumerate(data.chunk(2, dim=1))
+            ]
+
+        first = piece(f"{prefix}weight1", self.weight1, 1, 0, 1)
+        if self.etp_size > 1:  # gate and up are cut separately
+            first = ShardedTensorFactory(
+                first.key, self.weight1, gate_and_up, lambda halves: torch.cat(halves, dim=1), replica,
+            )
+        second = piece(f"{prefix}weight2", self.weight2, 2, self.etp_rank, self.etp_size)
+        return {first.key: first, second.key: second}
 
 
 def _grouped_product(input_TI, weight_EOI, tokens_per_expert) -> torch.Tensor:

@@ -1,19 +1,21 @@
 """GPTModel with a head that also serves evaluation and reinforcement learning.
 
 Upstream's ``_postprocess`` (gpt_model.py:560) cannot return logits when the model has MTP layers (it clones absent
-labels), cannot cut the MTP gradient from the trunk, and divides the logged MTP loss per rank. This one can, and is the
-only method replaced.
+labels), cannot cut the MTP gradient from the trunk, and divides the logged MTP loss per rank. Its rotation counts places of
+a row, not of a document, and under context parallelism wants every document cut separately. Both are replaced, nothing else.
 
-Legend: S sequence, B batch, H hidden, V vocabulary.
+Legend: S sequence (of this rank), B batch, H hidden, V vocabulary (of this rank), D head dimension.
 """
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+from glm.model.documents import Documents, next_in_document
 
 
 class Glm45Model(GPTModel):
-    """megatron-core's GPTModel in the GLM-4.5 shape, with one optional MTP layer."""
+    """megatron-core's GPTModel in the GLM-4.5 shape, with one optional MTP layer. One chunk of it under pipeline parallelism."""
 
     mtp_weight: float = 0.0
     """Factor on the MTP loss in this step; 0 skips the MTP layer."""
@@ -22,9 +24,20 @@ class Glm45Model(GPTModel):
     temperature: float = 1.0
     """Logits are divided by it before the loss, so that -loss is the logprob of a sample drawn at this temperature."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, rotary_base: int, rotary_percent: float, **kwargs):
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self._rotated = int(self.config.kv_channels * rotary_percent)
+        self._rotary_base = rotary_base
         self._mtp_loss: list[torch.Tensor] = []
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Marks the MTP layer's copy of the embedding, on a stage that does not have the original.
+
+        Upstream also sends the original over (language_module.py:244). Here both are drawn, or loaded, under one name; their
+        gradients are summed by finalize_model_grads.
+        """
+        if self.mtp_process and not self.pre_process:
+            self.embedding.word_embeddings.weight.shared_embedding = True
 
     def take_mtp_loss(self) -> torch.Tensor:
         """float32 [2]: sum of the unweighted MTP losses since the last call and how many tokens, of this rank."""
@@ -33,19 +46,28 @@ class Glm45Model(GPTModel):
             return torch.zeros(2, device=next(self.parameters()).device)
         return torch.stack(taken).sum(0)
 
+    def _preprocess(self, input_ids, position_ids, *args, **kwargs):
+        """Upstream's, with the rotation of the positions given: float32 [S, 1, 1, rotated dimensions]."""
+        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        return decoder_input, self._angles(position_ids[0]), *rest
+
+    def _angles(self, positions_S: torch.Tensor) -> torch.Tensor:
+        """position x base^(-2i / rotated) for i < rotated / 2, twice over: dimension i turns with i + rotated / 2."""
+        exponents = torch.arange(0, self._rotated, 2, dtype=torch.float32, device=positions_S.device) / self._rotated
+        angles = torch.outer(positions_S.float(), 1.0 / self._rotary_base**exponents)
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
     def _postprocess(
         self, hidden_states, input_ids, position_ids, labels, rotary_pos_emb, rotary_pos_cos, rotary_pos_sin,
-        mtp_in_postprocess=None, loss_mask=None, attention_mask=None, packed_seq_params=None, **unused,
+        mtp_in_postprocess=None, loss_mask=None, attention_mask=None, packed_seq_params: Documents | None = None, **unused,
     ):
-        """Losses [B, S] of each token when ``labels`` are given, else logits [B, S, V]."""
+        """Losses [B, S] of each token when ``labels`` are given, else logits [B, S, whole vocabulary]."""
         if not self.post_process:
             return hidden_states
         if labels is not None and self.mtp_weight and self.mtp_process:
-            mtp_hidden = self._mtp_hidden(
-                hidden_states, input_ids, position_ids, attention_mask, rotary_pos_emb, rotary_pos_cos, rotary_pos_sin,
-                packed_seq_params,
-            )
-            hidden_states = self._with_mtp_loss(hidden_states, mtp_hidden, labels, loss_mask, packed_seq_params)
+            documents = packed_seq_params or _plain_rows(input_ids, labels, loss_mask)
+            mtp_hidden = self._mtp_hidden(hidden_states, documents, attention_mask, rotary_pos_emb, packed_seq_params)
+            hidden_states = self._with_mtp_loss(hidden_states, mtp_hidden, documents)
         logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True if labels is None else None)
         if labels is None:
             return logits_SBV.transpose(0, 1).contiguous()
@@ -53,32 +75,35 @@ class Glm45Model(GPTModel):
             logits_SBV = logits_SBV / self.temperature
         return self.compute_language_model_loss(labels, logits_SBV)
 
-    def _mtp_hidden(
-        self, hidden_SBH, input_ids, position_ids, attention_mask, rotary, rotary_cos, rotary_sin, packed_seq_params,
-    ) -> torch.Tensor:
+    def _mtp_hidden(self, hidden_SBH, documents: Documents, attention_mask, rotation, packed_seq_params) -> torch.Tensor:
         """Output of the MTP layer, [S, B, H]."""
         embedding = self.embedding
         if self.mtp_detached:
             hidden_SBH = hidden_SBH.detach()
             embedding = lambda **inputs: self.embedding(**inputs).detach()  # noqa: E731
         both = self.mtp(
-            input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_SBH, attention_mask=attention_mask,
-            rotary_pos_emb=rotary, rotary_pos_cos=rotary_cos, rotary_pos_sin=rotary_sin,
-            packed_seq_params=packed_seq_params, embedding=embedding,
+            input_ids=documents.mtp_token_ids, position_ids=None, hidden_states=hidden_SBH, attention_mask=attention_mask,
+            rotary_pos_emb=rotation, packed_seq_params=packed_seq_params, embedding=embedding,
         )
         return both.chunk(2, dim=0)[1]  # megatron's MTP block returns [trunk; MTP] along the sequence
 
-    def _with_mtp_loss(self, hidden_SBH, mtp_hidden_SBH, labels_BS, loss_mask_BS, packed_seq_params) -> torch.Tensor:
+    def _with_mtp_loss(self, hidden_SBH, mtp_hidden_SBH, documents: Documents) -> torch.Tensor:
         """``hidden_SBH`` unchanged in value; its backward also carries the weighted MTP loss.
 
         The MTP layer at position t predicts the label of t + 1, inside its document.
         """
         weight = self.output_layer.weight
         logits_SBV, _ = self.output_layer(mtp_hidden_SBH, weight=weight.detach() if self.mtp_detached else weight)
-        roll = dict(shifts=-1, dims=-1, cp_group=self.cp_group, packed_seq_params=packed_seq_params)
-        labels_BS, _ = roll_tensor(labels_BS.clone(), **roll)
-        mask_BS = torch.ones_like(labels_BS, dtype=torch.float32) if loss_mask_BS is None else loss_mask_BS
-        mask_BS, tokens = roll_tensor(mask_BS.clone(), **roll)
-        losses_BS = mask_BS * self.compute_language_model_loss(labels_BS, logits_SBV)
-        self._mtp_loss.append(torch.stack([losses_BS.detach().sum(), tokens.detach().float()]))
+        losses_BS = documents.mtp_mask * self.compute_language_model_loss(documents.mtp_labels, logits_SBV)
+        self._mtp_loss.append(torch.stack([losses_BS.detach().sum(), documents.mtp_mask.sum()]))
         return MTPLossAutoScaler.apply(hidden_SBH, self.mtp_weight * losses_BS)
+
+
+def _plain_rows(input_ids: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor | None) -> Documents:
+    """What the MTP layer needs of rows that are one document each."""
+    lengths = [input_ids.shape[1]]
+    mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
+    return Documents(
+        lengths=lengths, mtp_token_ids=next_in_document(input_ids, lengths), mtp_labels=next_in_document(labels, lengths),
+        mtp_mask=next_in_document(mask, lengths),
+    )

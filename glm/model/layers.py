@@ -16,6 +16,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
 from glm.model.attention import SDPAttention
 from glm.model.experts import StackedExperts
+from glm.model.mtp import ShiftedMTPLayer
 from glm.model.norm import RMSNorm
 from glm.model.router import SigmoidRouter
 
@@ -71,8 +72,13 @@ def decoder_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodu
     return TransformerBlockSubmodules(layer_specs=layers[first:first + count], layer_norm=backend.layer_norm())
 
 
-def mtp_spec(config, decoder: TransformerBlockSubmodules, vp_stage: int | None = None):
-    """The MTP block, whose layer is a MoE layer like the decoder's last; None without one."""
+def mtp_spec(config, vp_stage: int | None = None):
+    """The MTP block, whose layer is a MoE layer like the decoder's last; None on a chunk without one."""
     if not config.mtp_num_layers:
         return None
-    return get_gpt_mtp_block_spec_for_backend(config, decoder, TorchBackend(), vp_stage=vp_stage)
+    layer = _layer(TorchBackend(), config, moe=True)    # a chunk may hold no decoder layer to take it from
+    spec = get_gpt_mtp_block_spec_for_backend(config, layer, TorchBackend(), vp_stage=vp_stage)
+    if spec is not None:
+        for mtp_layer in spec.layer_specs:
+            mtp_layer.module = ShiftedMTPLayer
+    return spec

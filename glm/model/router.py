@@ -1,4 +1,4 @@
-"""megatron's top-k router with four things put right: see each method."""
+"""megatron's top-k router with what is wrong in it put right: see each method."""
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +36,14 @@ class SigmoidRouter(TopKRouter):
         self, activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp=False,
         valid_token_count=None,
     ):
-        """Counts the tokens of the whole reduce group.
+        """Counts the tokens of all rows and of the whole reduce group.
 
-        Upstream multiplies by this rank's tokens (router.py:466), so the coefficient shrinks by TP x CP.
+        Upstream multiplies by this rank's tokens (router.py:466), so the coefficient shrinks by TP x CP, and for the loss of a
+        sequence by the tokens of one row only (moe_utils.py:231), so it shrinks by the rows of a micro-batch as well.
         """
-        count = activation.shape[0] if valid_token_count is None else valid_token_count
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp,
-            count * reduce_group.size(),
+            activation.shape[0] * reduce_group.size(),
         )
 
     def _apply_expert_bias(self, routing_map, padding_mask=None):

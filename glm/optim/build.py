@@ -19,9 +19,9 @@ class TrainOptimizer:
     Parameters that are not fp32 keep an fp32 master copy, which is what is stepped and saved.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: Muon, shape: Model):
+    def __init__(self, named: list[tuple[str, torch.nn.Parameter]], settings: Muon, shape: Model):
         self.settings = settings
-        self.groups: list[ParamGroup] = param_groups(model, settings.frozen)
+        self.groups: list[ParamGroup] = param_groups(named, settings.frozen)
         self.heads = HeadShape(shape.num_attention_heads // shape.num_query_groups * shape.head_dim, shape.head_dim)
         self.params = [param for group in self.groups if group.rule != "frozen" for param in group.params]
         self.masters = {

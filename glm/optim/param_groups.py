@@ -28,7 +28,7 @@ def is_frozen(name: str, frozen: tuple[str, ...]) -> bool:
                for part in frozen)
 
 
-def param_groups(model: torch.nn.Module, frozen: tuple[str, ...] = ()) -> list[ParamGroup]:
+def param_groups(named: list[tuple[str, torch.nn.Parameter]], frozen: tuple[str, ...] = ()) -> list[ParamGroup]:
     """Sorts all parameters of ``model`` by name and shape.
 
     Muon takes matrices that map hidden vectors to hidden vectors. AdamW takes embeddings, biases and norms (report,
@@ -40,7 +40,7 @@ def param_groups(model: torch.nn.Module, frozen: tuple[str, ...] = ()) -> list[P
         "vectors": ParamGroup("adamw", "biases and norms", weight_decay=False),
         "frozen": ParamGroup("frozen", "kept by optimizer.frozen", weight_decay=False),
     }
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if is_frozen(name, frozen):
             group = groups["frozen"]
         elif parameter.dim() < 2:
@@ -53,7 +53,6 @@ def param_groups(model: torch.nn.Module, frozen: tuple[str, ...] = ()) -> list[P
         group.params.append(parameter)
     filled = [group for group in groups.values() if group.params]
     owned = [id(parameter) for group in filled for parameter in group.params]
-    assert len(owned) == len(set(owned)) and set(owned) == {id(parameter) for parameter in model.parameters()}
     return filled
 
 

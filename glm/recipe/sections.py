@@ -76,12 +76,33 @@ class Layout(Section):
     """Tensor-parallel ranks (with sequence parallelism)."""
     pp: Positive = 1
     """Pipeline stages."""
+    vpp: Positive = 1
+    """Model chunks a pipeline stage holds (interleaved schedule); needs pp > 1."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Decoder layers of each of the pp x vpp chunks in the order of the network; none: evenly, fewer where head and MTP are."""
     cp: Positive = 1
     """Context-parallel ranks."""
     ep: Positive = 1
     """Expert-parallel ranks, taken from the tensor-, context- and data-parallel ones."""
     etp: Positive = 1
     """Tensor-parallel ranks inside one expert."""
+
+    def layers_per_chunk(self, model: Model) -> tuple[int, ...]:
+        """Decoder layers of each pipeline chunk in the order of the network; the last one also has head and MTP layer.
+
+        Evenly where ``pipeline_layers`` does not say: the last chunk counts one layer more for its head and one for each MTP
+        layer, and no chunk is left without a layer while there are enough.
+        """
+        if self.pipeline_layers is not None:
+            return self.pipeline_layers
+        chunks = self.pp * self.vpp
+        if chunks == 1:
+            return (model.num_layers,)
+        units = model.num_layers + 1 + model.num_mtp_layers
+        ends = [units * (index + 1) // chunks for index in range(chunks)]
+        ends = [min(max(end, index + 1), model.num_layers - (chunks - 1 - index)) for index, end in enumerate(ends)]
+        ends[-1] = model.num_layers
+        return tuple(end - start for start, end in zip([0, *ends], ends))
 
 
 class Launcher(Section):

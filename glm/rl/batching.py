@@ -43,8 +43,11 @@ def blank(sample: TrainSample) -> TrainSample:
     return TrainSample(sample.token_ids, len(sample.token_ids), [], 0.0)
 
 
-def policy_batch(samples: list[TrainSample], device: torch.device) -> MicroBatch:
-    """Samples packed into one row [1, T]; the last token of each is not an input, the first not a label."""
+def policy_batch(samples: list[TrainSample], device: torch.device, *, multiple_of: int = 1) -> MicroBatch:
+    """Samples packed into one row [1, T]; the last token of each is not an input, the first not a label.
+
+    T is a multiple of ``multiple_of`` (Trainer.row_multiple).
+    """
     ids, labels, masks, rollout, advantages, lengths = [], [], [], [], [], []
     for sample in samples:
         tokens = torch.tensor(sample.token_ids, dtype=torch.int64)
@@ -59,5 +62,5 @@ def policy_batch(samples: list[TrainSample], device: torch.device) -> MicroBatch
         advantages.append(mask * sample.advantage)
         lengths.append(length)
     return packed_batch(
-        ids, labels, masks, lengths, device, {"rollout_logprobs": rollout, "advantages": advantages}
+        ids, labels, masks, lengths, device, {"rollout_logprobs": rollout, "advantages": advantages}, multiple_of=multiple_of,
     )

@@ -50,8 +50,7 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
     runtime = runtimes.start(recipe)
     folder = RunFolder.of(recipe)
     trainer = Trainer(recipe)
-    trainer.model.mtp_detached = True
-    trainer.model.temperature = recipe.rollout.temperature
+    trainer.set_head(mtp_detached=True, temperature=recipe.rollout.temperature)
     progress = restore(trainer, recipe, folder, runtime)
     sync = WeightSync(recipe, folder.tokenizer, runtime)
     sync.export(trainer)
@@ -93,7 +92,7 @@ def step(recipe: RLRecipe, trainer: Trainer, actor: "Actor | None", sync: Weight
     samples = broadcast_samples(rolled.samples if rolled else [], recipe, runtime)
     outcome = None
     if samples:
-        batches = [policy_batch(batch, trainer.device) for batch in samples]
+        batches = [policy_batch(batch, trainer.device, multiple_of=trainer.row_multiple) for batch in samples]
         clip = policy_loss(recipe.rl.clip_low, recipe.rl.clip_high)
         outcome = trainer.step(
             batches, clip, lr=plan.lr, mtp_weight=plan.mtp_weight, bias_update_rate=plan.bias_update_rate,

@@ -54,7 +54,7 @@ class WeightSync:
 
     def export(self, trainer: Trainer) -> None:
         """Gathers the weights of all ranks into ``folder``."""
-        tensors = dict(hf_tensors(trainer.model, self.recipe.model, to_rank0=True))
+        tensors = dict(hf_tensors(trainer.chunks, self.recipe.model))
         if self.runtime.is_first:
             self._tensors = tensors
             write_folder(

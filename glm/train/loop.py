@@ -85,7 +85,7 @@ def restore(trainer: Trainer, recipe: ModelStageRecipe, folder: RunFolder, runti
     """
     own = store.newest_checkpoint(folder.checkpoints(recipe.stage))
     if own is not None:
-        info = store.load(own, trainer.model, trainer.optimizer)
+        info = store.load(own, trainer.chunks, trainer.optimizer)
         if runtime.is_first:
             print(f"{recipe.stage}: continues after step {info.step} from {own}", flush=True)
         return Progress(step=info.step, stage_tokens=info.stage_tokens)
@@ -96,7 +96,7 @@ def restore(trainer: Trainer, recipe: ModelStageRecipe, folder: RunFolder, runti
                 str(folder.checkpoints(recipe.parent)), "no checkpoint", f"one of stage {recipe.parent}, which {recipe.stage} starts from",
                 f"run stage {recipe.parent} first",
             )
-        store.load(parent, trainer.model, trainer.optimizer if recipe.schedule.clock == "run" else None)
+        store.load(parent, trainer.chunks, trainer.optimizer if recipe.schedule.clock == "run" else None)
         if recipe.schedule.clock != "run":
             trainer.optimizer.masters_from_params()
     return Progress(step=0, stage_tokens=0)
@@ -109,7 +109,7 @@ def save(trainer: Trainer, recipe: ModelStageRecipe, folder: RunFolder, runtime:
         megatron=recipe.megatron,
     )
     store.save(
-        folder.checkpoints(recipe.stage), info, recipe.model, trainer.model, trainer.optimizer, runtime,
+        folder.checkpoints(recipe.stage), info, recipe.model, trainer.chunks, trainer.optimizer, runtime,
         recipe.checkpoint.keep,
     )
 

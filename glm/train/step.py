@@ -10,7 +10,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from glm.model.build import build_model
+from glm.model.build import build_chunks
+from glm.model.chunks import named_modules, named_parameters
 from glm.model.config import stage_config
 from glm.model.experts import StackedExperts
 from glm.model.initialize import initialize
@@ -18,7 +19,7 @@ from glm.optim.build import TrainOptimizer
 from glm.optim.param_groups import is_frozen
 from glm.platform import active
 from glm.recipe.schema import ModelStageRecipe
-from glm.train.batch import MicroBatch
+from glm.train.batch import MicroBatch, context_part
 
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 """(losses [B, S], batch) -> (sum of the objective over tokens, token count, {metric: tensor [2] of sum and count})."""
@@ -44,55 +45,86 @@ class Trainer:
         self.recipe = recipe
         self.device = active().device
         self.config = stage_config(recipe)
-        self.model = build_model(self.config, recipe.model, rotary_base=recipe.rotary_base)
-        for module in self.model.modules():
+        self.chunks = build_chunks(self.config, recipe.model, rotary_base=recipe.rotary_base)
+        initialize(self.chunks, seed=recipe.seed, shape=recipe.model)
+        for name, parameter in named_parameters(self.chunks):
+            parameter.requires_grad_(not is_frozen(name, recipe.optimizer.frozen))
+        modules = named_modules(self.chunks)
+        for _, module in modules:
             if isinstance(module, StackedExperts):
                 module.grouped = recipe.kernels.experts == "grouped_mm"
-        initialize(self.model, seed=recipe.seed, init_std=recipe.model.init_std, num_layers=recipe.model.num_layers)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not is_frozen(name, recipe.optimizer.frozen))
-        inner = Float16Module(self.config, self.model) if self.config.bf16 else self.model
-        self.parallel = DistributedDataParallel(
-            self.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False,
-            ),
-            inner,
-        )
-        self.optimizer = TrainOptimizer(self.model, recipe.optimizer, recipe.model)
-        self.routers = [module for module in self.model.modules() if hasattr(module, "expert_bias")]
+        self.routers = [(name, module) for name, module in modules if hasattr(module, "expert_bias")]
+        self.parallel = [self._data_parallel(chunk) for chunk in self.chunks]
+        self.optimizer = TrainOptimizer(named_parameters(self.chunks), recipe.optimizer, recipe.model)
         self.config.finalize_model_grads_func = self._finalize
-        self.config.no_sync_func = self.parallel.no_sync
+        self.config.no_sync_func = [chunk.no_sync for chunk in self.parallel]
+        if len(self.parallel) == 1:
+            (self.config.no_sync_func,) = self.config.no_sync_func
         self._forward_backward = get_forward_backward_func()
         self._load = torch.zeros(0)
+
+    def _data_parallel(self, chunk: torch.nn.Module) -> DistributedDataParallel:
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False,
+        )
+        return DistributedDataParallel(self.config, settings, Float16Module(self.config, chunk) if self.config.bf16 else chunk)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a packed row must divide by under this layout."""
+        layout = self.recipe.layout
+        return layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+
+    def set_head(self, *, mtp_detached: bool, temperature: float) -> None:
+        """See Glm45Model's attributes of these names."""
+        for chunk in self.chunks:
+            chunk.mtp_detached, chunk.temperature = mtp_detached, temperature
 
     def step(
         self, batches: list[MicroBatch], loss: LossFunction, *, lr: float, mtp_weight: float, bias_update_rate: float,
     ) -> StepOutcome:
-        """Accumulates the gradient of ``batches`` over all ranks and steps the parameters."""
-        self.model.train()
-        self.model.mtp_weight = 0.0 if "mtp" in self.recipe.optimizer.frozen else mtp_weight
-        self.config.moe_router_bias_update_rate = bias_update_rate
-        self.parallel.zero_grad_buffer()
-        sums = self._run(batches, loss, forward_only=False)
+        """Accumulates the gradient of ``batches`` (whole rows of this data-parallel rank) over all ranks and steps the parameters."""
+        sums = self.accumulate(batches, loss, mtp_weight=mtp_weight, bias_update_rate=bias_update_rate)
         grad_norm = self.optimizer.step(lr)
-        mtp = self.model.take_mtp_loss()
+        mtp = sum(chunk.take_mtp_loss() for chunk in self.chunks)
         dist.all_reduce(mtp, group=self._data_group)
+        biases = [router.expert_bias.abs().max() for _, router in self.routers]
+        bias_max = torch.stack(biases).max() if biases else torch.zeros((), device=self.device)
+        if self.recipe.layout.pp > 1:  # the MTP layer is on the last stage
+            dist.all_reduce(mtp, group=parallel_state.get_pipeline_model_parallel_group())
+            dist.all_reduce(bias_max, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
         return StepOutcome(
             metrics={name: (total / count.clamp(min=1)).item() for name, (total, count) in sums.items()},
             grad_norm=grad_norm,
             mtp_loss=(mtp[0] / mtp[1].clamp(min=1)).item(),
             load=(self._load / self._load.sum(-1, keepdim=True).clamp(min=1)).tolist(),
-            bias_max=max((router.expert_bias.abs().max().item() for router in self.routers), default=0.0),
+            bias_max=bias_max.item(),
         )
+
+    def accumulate(
+        self, batches: list[MicroBatch], loss: LossFunction, *, mtp_weight: float, bias_update_rate: float,
+    ) -> dict[str, torch.Tensor]:
+        """Fills every parameter's ``main_grad`` with the mean over the tokens of the global batch, and moves the router biases.
+
+        Returns {metric: float64 [2] of sum and count over all ranks}.
+        """
+        for chunk, parallel in zip(self.chunks, self.parallel):
+            chunk.train()
+            chunk.mtp_weight = 0.0 if "mtp" in self.recipe.optimizer.frozen else mtp_weight
+            parallel.zero_grad_buffer()
+        self.config.moe_router_bias_update_rate = bias_update_rate
+        return self._run(batches, loss, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch], loss: LossFunction) -> dict[str, float]:
         """Means of the loss's metrics, without a gradient and without the MTP layer."""
-        self.model.eval()
-        weight, self.model.mtp_weight = self.model.mtp_weight, 0.0
+        weights = [chunk.mtp_weight for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+            chunk.mtp_weight = 0.0
         sums = self._run(batches, loss, forward_only=True)
-        self.model.mtp_weight = weight
+        for chunk, weight in zip(self.chunks, weights):
+            chunk.mtp_weight = weight
         return {name: (total / count.clamp(min=1)).item() for name, (total, count) in sums.items()}
 
     @property
@@ -101,29 +133,50 @@ class Trainer:
 
     def _run(self, batches, loss: LossFunction, forward_only: bool) -> dict[str, torch.Tensor]:
         """Sums and counts of the metrics over all micro-batches and ranks."""
+        cp_rank, cp_size = parallel_state.get_context_parallel_rank(), self.recipe.layout.cp
+        parts = [context_part(batch, cp_rank, cp_size) for batch in batches]
+
         def forward(iterator, model):
             batch = next(iterator)
             losses = model(
                 input_ids=batch.token_ids, position_ids=batch.position_ids, attention_mask=None, labels=batch.labels,
-                loss_mask=batch.loss_mask, packed_seq_params=batch.packed,
+                loss_mask=batch.loss_mask, packed_seq_params=batch.documents,
             )
             return losses, lambda output: loss(output, batch)
 
         results = self._forward_backward(
-            forward_step_func=forward, data_iterator=iter(batches), model=self.parallel, num_microbatches=len(batches),
-            seq_length=batches[0].token_ids.shape[1], micro_batch_size=batches[0].token_ids.shape[0],
-            forward_only=forward_only,
+            forward_step_func=forward, data_iterator=[iter(parts) for _ in self.parallel], model=self.parallel,
+            num_microbatches=len(parts), seq_length=batches[0].token_ids.shape[1],
+            micro_batch_size=batches[0].token_ids.shape[0], forward_only=forward_only,
         )
-        names = list(results[0])
-        sums = torch.stack([torch.stack([result[name] for result in results]).sum(0) for name in names]).double()
-        dist.all_reduce(sums, group=self._data_group)
-        return dict(zip(names, sums))
+        return self._over_all_ranks(results)
+
+    def _over_all_ranks(self, results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """``results`` of the micro-batches, which only the last pipeline stage has, summed for all."""
+        sums: dict[str, torch.Tensor] = {}
+        if results:
+            names = list(results[0])
+            stacked = torch.stack([torch.stack([result[name] for result in results]).sum(0) for name in names]).double()
+            dist.all_reduce(stacked, group=self._data_group)
+            sums = dict(zip(names, stacked))
+        if self.recipe.layout.pp > 1:
+            told = [{name: pair.tolist() for name, pair in sums.items()}]
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast_object_list(told, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+            sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in told[0].items()}
+        return sums
 
     def _finalize(self, model, num_tokens=None, **kwargs) -> None:
         """Notes the expert load before megatron moves the bias and clears the counts."""
-        if self.routers:
-            self._load = torch.stack([router.local_tokens_per_expert for router in self.routers])
-            dist.all_reduce(self._load, group=self._data_group)
+        shape = self.recipe.model
+        dense = shape.num_dense_layers
+        self._load = torch.zeros(shape.num_layers - dense + shape.num_mtp_layers, shape.num_experts, device=self.device)
+        for name, router in self.routers:
+            row = -1 if name.startswith("mtp.") else int(name.split(".")[2]) - dense
+            self._load[row] = router.local_tokens_per_expert
+        dist.all_reduce(self._load, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+        if self.recipe.layout.pp > 1:
+            dist.all_reduce(self._load, group=parallel_state.get_pipeline_model_parallel_group())
         finalize_model_grads(model, num_tokens, **kwargs)
 
 

@@ -18,8 +18,8 @@ def start(shape: Model, *, platform: str, seed: int = 0, threads: int = 1) -> Ru
 
 def build(shape: Model, *, params: str = "fp32", rotary_base: int, megatron: dict | None = None):
     """The network of ``shape``, its weights not yet filled, in ``params`` (fp32 or bf16), with the recipe's section ``megatron``; needs ``start`` before."""
-    from glm.model.build import build_model
+    from glm.model.build import build_chunks
     from glm.model.config import transformer_config
 
-    model = build_model(transformer_config(shape, params=params, upstream=megatron), shape, rotary_base=rotary_base)
+    (model,) = build_chunks(transformer_config(shape, params=params, upstream=megatron), shape, rotary_base=rotary_base)
     return model.eval()

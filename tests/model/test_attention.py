@@ -1,5 +1,7 @@
 """Packed documents attend to themselves only, and give what each gives alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,48 +10,80 @@ from hypothesis import strategies as st
 from glm import platform
 
 platform.activate("host")
-from glm.model.attention import SDPAttention, document_groups, pack_params  # noqa: E402  (imports megatron)
+from glm.model.attention import SDPAttention  # noqa: E402  (imports megatron)
+from glm.model.documents import Documents, context_places, lay_out  # noqa: E402
 from glm.model.experts import _grouped_product, _looped_product  # noqa: E402
+from glm.train.batch import packed_batch  # noqa: E402
+
+
+CPU = torch.device("cpu")
 
 
 def attention():
-    return SDPAttention(None, 1, None, "self", softmax_scale=0.25)
+    return SDPAttention(None, 1, None, "self", softmax_scale=0.25, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))
 
 
 def inputs(tokens: int):
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(tokens, heads, 16, generator=generator) for heads in (4, 2, 2))
+    return (torch.randn(tokens, 1, heads, 16, generator=generator) for heads in (4, 2, 2))
+
+
+def pack(lengths: list[int]) -> Documents:
+    ids = [torch.zeros(length, dtype=torch.int64) for length in lengths]
+    return packed_batch(ids, ids, [torch.ones(length) for length in lengths], lengths, CPU).documents
+
+
+LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=12)
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12))
+@given(lengths=LENGTHS)
 def test_groups_hold_every_token_once(lengths):
-    groups = document_groups(lengths)
+    segments, groups = lay_out(lengths, packed=True)
     tokens = torch.cat([group.tokens for group in groups])
-    assert sorted(tokens.tolist()) == list(range(sum(lengths)))
+    assert not segments and sorted(tokens.tolist()) == list(range(sum(lengths)))
     assert all(group.real.sum() * 2 >= group.real.numel() for group in groups)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=LENGTHS, cp=st.sampled_from([2, 3, 4]))
+def test_context_parallel_ranks_hold_every_token_once_and_see_their_document_from_its_beginning(lengths, cp):
+    lengths = [*lengths, -sum(lengths) % (2 * cp)]
+    seen = []
+    for rank in range(cp):
+        places = context_places(sum(lengths), rank, cp)
+        segments, groups = lay_out(lengths, packed=True, cp_rank=rank, cp_size=cp)
+        calls = [(torch.arange(s.queries.start, s.queries.stop), torch.arange(s.keys.start, s.keys.stop)) for s in segments]
+        calls += [(q[r], k[r]) for group in groups for q, k, r in zip(group.queries, group.keys, group.real)]
+        assert len(segments) <= 2
+        for queries, keys in calls:
+            document = next(start for start, end in bounds(lengths) if start <= keys[0] < end)
+            assert keys[0] == document and torch.equal(places[queries], keys[-len(queries):])
+        seen += [int(place) for queries, _ in calls for place in places[queries]]
+    assert sorted(seen) == list(range(sum(lengths)))
+
+
+def bounds(lengths: list[int]) -> list[tuple[int, int]]:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return list(zip([0, *ends], ends))
 
 
 def test_a_pack_equals_its_documents_alone():
     lengths = [20, 7, 37, 1, 63, 7]
     query, key, value = inputs(sum(lengths))
-    packed = attention()(query, key, value, packed_seq_params=pack_params(lengths, torch.device("cpu")))
-    start = 0
-    for length in lengths:
-        part = slice(start, start + length)
-        alone = attention()(*(tensor[part].unsqueeze(1) for tensor in (query, key, value)))
-        assert torch.allclose(packed[part], alone.squeeze(1), atol=1e-6)
-        start += length
+    packed = attention()(query, key, value, packed_seq_params=pack(lengths))
+    for start, end in bounds(lengths):
+        alone = attention()(*(tensor[start:end] for tensor in (query, key, value)))
+        assert torch.allclose(packed[start:end], alone, atol=1e-6)
 
 
 def test_another_document_changes_nothing():
     lengths = [9, 30]
     query, key, value = inputs(39)
-    pack = pack_params(lengths, torch.device("cpu"))
-    before = attention()(query, key, value, packed_seq_params=pack)
+    before = attention()(query, key, value, packed_seq_params=pack(lengths))
     value = value.clone()
     value[:9] += 1.0
-    after = attention()(query, key, value, packed_seq_params=pack)
+    after = attention()(query, key, value, packed_seq_params=pack(lengths))
     assert torch.equal(before[9:], after[9:])
     assert not torch.equal(before[:9], after[:9])
 

@@ -6,6 +6,7 @@ import torch
 from glm import platform
 
 platform.activate("host")
+from glm.model.chunks import named_parameters  # noqa: E402
 from glm.optim.param_groups import param_groups, table  # noqa: E402  (imports below load megatron)
 from glm.recipe.schema import TrainRecipe  # noqa: E402
 from glm.rl.batching import policy_batch  # noqa: E402
@@ -41,10 +42,10 @@ def step(one: Trainer, batches, loss=next_token_loss, **changes):
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    model = trainer().model
-    groups = param_groups(model, frozen=("embedding", "router"))
+    named = named_parameters(trainer().chunks)
+    groups = param_groups(named, frozen=("embedding", "router"))
     names = [name for group in groups for name in group.names]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(names) == sorted(name for name, _ in named)
     rules = {name: group.rule for group in groups for name in group.names}
     assert rules["embedding.word_embeddings.weight"] == "frozen"
     assert rules["decoder.layers.1.mlp.router.weight"] == "frozen"
@@ -52,14 +53,14 @@ def test_every_parameter_is_in_exactly_one_group():
     assert rules["decoder.layers.0.input_layernorm.weight"] == "adamw"
     assert rules["decoder.layers.1.mlp.experts.weight1"] == "muon"
     assert rules["mtp.layers.0.eh_proj.weight"] == "muon"
-    assert f"{sum(p.numel() for p in model.parameters()):,}" in table(groups)
+    assert f"{sum(p.numel() for _, p in named):,}" in table(groups)
 
 
 def test_frozen_parameters_keep_their_bytes_and_the_others_move():
     one = trainer(optimizer={"frozen": ["embedding", "output", "router"]})
-    before = {name: parameter.clone() for name, parameter in one.model.named_parameters()}
+    before = {name: parameter.clone() for name, parameter in named_parameters(one.chunks)}
     step(one, [batch([20, 12])])
-    for name, parameter in one.model.named_parameters():
+    for name, parameter in named_parameters(one.chunks):
         frozen = name.startswith(("embedding", "output_layer")) or ".router." in name
         assert torch.equal(parameter, before[name]) == frozen, name
 
@@ -80,10 +81,10 @@ def test_two_micro_batches_accumulate_to_the_gradient_of_one():
 
 
 def policy_step(one: Trainer, advantage: float, detached: bool):
-    one.model.mtp_detached = detached
+    one.set_head(mtp_detached=detached, temperature=1.0)
     sample = TrainSample([5, 6, 7, 9, 8, 4], prompt_length=2, rollout_logprobs=[-1.0] * 4, advantage=advantage)
     outcome = step(one, [policy_batch([sample], CPU)], policy_loss(0.2, 0.28), lr=0.0, bias_update_rate=0.0)
-    return outcome, {name: p.main_grad.abs().max().item() for name, p in one.model.named_parameters()}
+    return outcome, {name: p.main_grad.abs().max().item() for name, p in named_parameters(one.chunks)}
 
 
 def test_a_detached_mtp_loss_reaches_the_mtp_layer_only():
@@ -101,19 +102,19 @@ def test_logprobs_are_those_of_the_temperature():
     one = trainer()
     _, plain = policy_step(one, advantage=1.0, detached=True)
     sample = policy_batch([TrainSample([5, 6, 7, 9], 2, [0.0, 0.0], 1.0)], CPU)
-    one.model.eval()
+    one.chunks[0].eval()
     losses = {}
     for temperature in (1.0, 0.5):
-        one.model.temperature = temperature
+        one.chunks[0].temperature = temperature
         with torch.no_grad():
-            losses[temperature] = one.model(
+            losses[temperature] = one.chunks[0](
                 input_ids=sample.token_ids, position_ids=sample.position_ids, attention_mask=None, labels=sample.labels,
-                packed_seq_params=sample.packed,
+                packed_seq_params=sample.documents,
             )
-    one.model.temperature = 1.0
+    one.chunks[0].temperature = 1.0
     with torch.no_grad():
-        logits = one.model(
-            input_ids=sample.token_ids, position_ids=sample.position_ids, attention_mask=None, packed_seq_params=sample.packed,
+        logits = one.chunks[0](
+            input_ids=sample.token_ids, position_ids=sample.position_ids, attention_mask=None, packed_seq_params=sample.documents,
         )
     expected = torch.nn.functional.cross_entropy(logits[0] / 0.5, sample.labels[0], reduction="none")
     assert torch.allclose(losses[0.5][0], expected, atol=1e-5)
@@ -123,11 +124,11 @@ def test_logprobs_are_those_of_the_temperature():
 def test_bf16_parameters_are_stepped_through_fp32_masters():
     """An update smaller than the rounding of bf16 must add up instead of being lost."""
     one = trainer(precision={"params": "bf16"})
-    name, parameter = next((n, p) for n, p in one.model.named_parameters() if n.endswith("linear_proj.weight"))
+    name, parameter = next((n, p) for n, p in named_parameters(one.chunks) if n.endswith("linear_proj.weight"))
     start = parameter.float().clone()
     for seed in range(3):
         step(one, [batch([20, 12], seed)], lr=1e-4)
     master = one.optimizer.masters[parameter]
     assert master.dtype == torch.float32 and not torch.equal(master, start)
     assert torch.equal(parameter, master.to(torch.bfloat16))
-    assert all(router.expert_bias.dtype == torch.float32 for router in one.routers)
+    assert all(router.expert_bias.dtype == torch.float32 for _, router in one.routers)

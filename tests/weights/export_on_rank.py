@@ -13,7 +13,7 @@ def main(folder: Path, out: Path, ep: int) -> None:
 
     from glm import runtime as runtimes
     from glm.checkpoint import store
-    from glm.model.build import build_model
+    from glm.model.build import build_chunks
     from glm.model.config import transformer_config
     from glm.recipe.schema import StageRecipe
     from glm.recipe.sections import Layout
@@ -27,18 +27,16 @@ def main(folder: Path, out: Path, ep: int) -> None:
             launcher={"ranks_per_node": ep},
         ))
         asked = []
-        model = build_model(transformer_config(shape, layout=layout), shape, rotary_base=weights.rotary_base)
-        load_hf_tensors(model, shape, lambda name: (asked.append(name), weights.get(name))[1])
+        chunks = build_chunks(transformer_config(shape, layout=layout), shape, rotary_base=weights.rotary_base)
+        load_hf_tensors(chunks, shape, lambda name: (asked.append(name), weights.get(name))[1])
     experts = {name.split(".experts.")[1].split(".")[0] for name in asked if ".mlp.experts." in name}
     assert len(experts) == shape.num_experts // ep, f"rank {runtime.rank} read experts {sorted(experts)}"
-    everywhere = {name: tensor.clone() for name, tensor in hf_tensors(model, shape)}
-    on_first = {name: tensor.clone() for name, tensor in hf_tensors(model, shape, to_rank0=True)}
+    on_first = {name: tensor.clone() for name, tensor in hf_tensors(chunks, shape)}
     assert bool(on_first) == runtime.is_first
-    save_file(everywhere, out / f"everywhere-{runtime.rank}.safetensors")
     if runtime.is_first:
         save_file(on_first, out / "first.safetensors")
     info = store.CheckpointInfo(stage="test", step=1, stage_tokens=0, run_tokens=0, rotary_base=weights.rotary_base)
-    store.save(out / "checkpoints", info, shape, model, None, runtime, keep=1)
+    store.save(out / "checkpoints", info, shape, chunks, None, runtime, keep=1)
     runtimes.stop()
 
 

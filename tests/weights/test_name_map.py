@@ -24,7 +24,7 @@ def test_the_names_are_those_of_transformers_and_of_megatron(shape):
 def test_what_is_loaded_comes_out_again():
     shape = SHAPES["odd"]
     weights = random_hf_weights(shape)
-    found = dict(hf_tensors(megatron_model(shape, weights), shape))
+    found = dict(hf_tensors([megatron_model(shape, weights)], shape))
     assert list(found) == hf_names(shape)
     for name, tensor in weights.items():
         assert torch.equal(found[name], tensor) and found[name].is_contiguous(), name
@@ -35,7 +35,7 @@ def test_the_router_and_its_bias_stay_float32_in_a_bfloat16_model():
     weights = random_hf_weights(shape)
     weights["model.layers.2.mlp.gate.e_score_correction_bias"] += 7  # where bfloat16 has steps of 1/32
     model = megatron_model(shape, weights, params="bf16")
-    for name, tensor in hf_tensors(model, shape):
+    for name, tensor in hf_tensors([model], shape):
         if ".mlp.gate." in name:
             assert tensor.dtype is torch.float32 and torch.equal(tensor, weights[name])
         else:
@@ -47,8 +47,8 @@ def test_weights_loaded_after_megatron_rounded_the_model_have_an_exact_router_bi
     weights = random_hf_weights(shape)
     model = megatron_model(shape).bfloat16()  # as Float16Module does when a trainer is built
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    load_hf_tensors(model, shape, weights.__getitem__)
-    assert torch.equal(dict(hf_tensors(model, shape))[name], weights[name])
+    load_hf_tensors([model], shape, weights.__getitem__)
+    assert torch.equal(dict(hf_tensors([model], shape))[name], weights[name])
     assert not torch.equal(weights[name].bfloat16().float(), weights[name]), "rounding would not show"
 
 
@@ -57,13 +57,13 @@ def test_a_megatron_tensor_without_a_row_is_an_error():
     model = megatron_model(shape)
     model.decoder.layers[1].surprise = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(CheckpointError, match=r"without a partner: decoder\.layers\.1\.surprise"):
-        list(hf_tensors(model, shape))
+        list(hf_tensors([model], shape))
 
 
 def test_a_row_without_a_megatron_tensor_is_an_error():
     model = megatron_model(tiny_shape(qk_norm=False))
     with pytest.raises(CheckpointError, match=r"missing: decoder\.layers\.0\.self_attention\.k_layernorm\.weight"):
-        list(hf_tensors(model, tiny_shape()))
+        list(hf_tensors([model], tiny_shape()))
 
 
 def test_a_tensor_of_another_shape_is_named():
@@ -72,7 +72,7 @@ def test_a_tensor_of_another_shape_is_named():
     name = "model.layers.1.mlp.experts.5.up_proj.weight"
     weights[name] = weights[name][:, :-1]
     with pytest.raises(CheckpointError, match=rf"{name}\n.*shape \[32, 63\]\n.*shape \[32, 64\]"):
-        load_hf_tensors(megatron_model(shape), shape, weights.__getitem__)
+        load_hf_tensors([megatron_model(shape)], shape, weights.__getitem__)
 
 
 def test_missing_and_unknown_names_are_both_told_and_copies_are_not_unknown():

@@ -1,0 +1,50 @@
+"""Which part of a whole tensor a rank's parameter is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``rank`` of ``size`` along ``dim``, of each of ``blocks`` equal blocks: gate above up is cut in two blocks."""
+
+    dim: int = 0
+    rank: int = 0
+    size: int = 1
+    blocks: int = 1
+    group: dist.ProcessGroup | None = None
+    """The ranks that hold the other parts; None for a tensor that is whole."""
+
+    def whole_shape(self, shape: Sequence[int]) -> list[int]:
+        """Of a part's shape."""
+        return [length * self.size if dim == self.dim else length for dim, length in enumerate(shape)]
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """The rank's part of ``whole``."""
+        parts = [block.chunk(self.size, dim=self.dim)[self.rank] for block in whole.chunk(self.blocks, dim=self.dim)]
+        return torch.cat(parts, dim=self.dim)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Inverse of ``cut`` over all ranks: ``parts`` in their order."""
+        blocks = zip(*(part.chunk(self.blocks, dim=self.dim) for part in parts))
+        return torch.cat([piece for block in blocks for piece in block], dim=self.dim)
+
+
+WHOLE = Shard()
+
+
+def shard_of(name: str, parameter: torch.nn.Parameter) -> Shard:
+    """How tensor parallelism cut ``parameter``; for stacked experts how expert tensor parallelism cut each of them."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return WHOLE
+    if getattr(parameter, "is_stacked_expert", False):
+        group = parallel_state.get_expert_tensor_parallel_group()
+        blocks = 2 if name.endswith("weight1") else 1
+    else:
+        group = parallel_state.get_tensor_model_parallel_group()
+        blocks = 2 if name.endswith("linear_fc1.weight") else 1
+    return Shard(parameter.partition_dim, group.rank(), group.size(), blocks, group)
