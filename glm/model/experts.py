@@ -50,15 +50,15 @@ class StackedExperts(MegatronModule):
         axis = len(sharded_offsets)
         replica = (0, 0, self.expert_dp_rank)
 
-        def piece(key, data, inner_axis, place, places):
+        def piece(key, data, inner_axis, place, places, replica_id=replica):
             return ShardedTensor.from_rank_offsets(
                 key, data, *sharded_offsets, (axis, self.ep_rank, self.ep_size), (axis + inner_axis, place, places),
-                replica_id=replica, prepend_axis_num=axis,
+                replica_id=replica_id, prepend_axis_num=axis,
             )
 
         def gate_and_up(key, data, replica_id, flattened_range):
             return [
-                piece(key, half, 1, self.etp_rank + number * self.etp_size, 2 * self.etp_size)
+                piece(key, half, 1, self.etp_rank + number * self.etp_size, 2 * self.etp_size, replica_id)
                 for number, half in enumerate(data.chunk(2, dim=1))
             ]
 

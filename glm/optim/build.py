@@ -1,46 +1,78 @@
 """The optimizer of a training stage: clip, Muon on matrices, AdamW on the rest, state that can be checkpointed."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
 from glm.errors import NumericsError
-from glm.optim.muon import HeadShape, muon_updates
-from glm.optim.param_groups import ParamGroup, param_groups
+from glm.optim.grad_norm import squared_norm
+from glm.optim.muon import HeadShape, muon_flops, muon_updates
+from glm.optim.ownership import Cost, owners
+from glm.optim.param_groups import param_groups, table, whole_model_sizes
+from glm.optim.placement import placement
 from glm.recipe.sections import Model, Muon
+
+BUCKET_ELEMENTS = 1 << 26
+"""Largest batch that is orthogonalised or sent at once, 256 MB in fp32, unless one parameter is larger."""
 
 
 class TrainOptimizer:
     """Steps the parameters of one rank from the fp32 ``main_grad`` that megatron's DDP reduces.
 
-    Parameters that are not fp32 keep an fp32 master copy, which is what is stepped and saved.
+    Each parameter has one owner among the ranks that hold copies of it (glm.optim.ownership). Only the owner has its state
+    (momentum or moments, and an fp32 master copy when the parameter is not fp32), steps it, and sends it to the others.
     """
 
     def __init__(self, named: list[tuple[str, torch.nn.Parameter]], settings: Muon, shape: Model):
+        """``named``: this rank's parameters under the names they have in the whole model. Collective over all ranks."""
         self.settings = settings
-        self.groups: list[ParamGroup] = param_groups(named, settings.frozen)
         self.heads = HeadShape(shape.num_attention_heads // shape.num_query_groups * shape.head_dim, shape.head_dim)
-        self.params = [param for group in self.groups if group.rule != "frozen" for param in group.params]
+        self.groups = param_groups(named, settings.frozen)
+        self.device = named[0][1].device
+        self.table = table(self.groups, whole_model_sizes(self.groups, self.device))
+        """Which rule has how many parameters of the whole model, for the log."""
+        stepped = [(name, param, group.rule) for group in self.groups if group.rule != "frozen" for name, param in zip(group.names, group.params)]
+        self.params = [param for _, param, _ in stepped]
+        self.places = {param: placement(name, param) for name, param, _ in stepped}
+        self.owner = self._assign(stepped)
+        self.owned = [param for param in self.params if self.owner[param] == self.places[param].copies.rank()]
         self.masters = {
-            param: param.detach() if param.dtype == torch.float32 else param.detach().float().clone()
-            for param in self.params
+            param: param.detach() if param.dtype == torch.float32 else param.detach().float().clone() for param in self.owned
         }
-        self.muon = next((group for group in self.groups if group.rule == "muon"), None)
-        self.momenta = [torch.zeros_like(self.masters[param]) for param in self.muon.params] if self.muon else []
+        self.names = {param: name for name, param, _ in stepped}
+        self.momenta = {
+            param: torch.zeros_like(self.masters[param]) for _, param, rule in stepped if rule == "muon" and param in self.masters
+        }
         self.adamw = self._build_adamw()
+        self.adamw_steps = 0
+
+    def _assign(self, stepped: list[tuple[str, torch.nn.Parameter, str]]) -> dict[torch.nn.Parameter, int]:
+        """The owner of each parameter, as a rank of the group of its copies."""
+        owner = {}
+        for copies in dict.fromkeys(place.copies for place in self.places.values()):
+            members = [item for item in stepped if self.places[item[1]].copies is copies]
+            costs = [self._cost(name, param, rule) for name, param, rule in members]
+            owner |= {param: rank for (_, param, _), rank in zip(members, owners(costs, copies.size()))}
+        return owner
+
+    def _cost(self, name: str, param: torch.nn.Parameter, rule: str) -> Cost:
+        state_bytes = (4 if rule == "muon" else 8) + (0 if param.dtype == torch.float32 else 4)
+        flops = muon_flops(name, param, self.places[param].cut, self.heads, self.settings.newton_schulz_steps) if rule == "muon" else 0
+        return Cost(flops, state_bytes * param.numel())
 
     def _build_adamw(self) -> torch.optim.AdamW | None:
         settings = self.settings.adamw
         groups = [
             {
-                "params": [self.masters[param] for param in group.params],
+                "params": [self.masters[param] for param in group.params if param in self.masters],
                 "weight_decay": self.settings.weight_decay if group.weight_decay else 0.0,
             }
             for group in self.groups if group.rule == "adamw"
         ]
+        groups = [group for group in groups if group["params"]]
         if not groups:
             return None
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
@@ -55,87 +87,113 @@ class TrainOptimizer:
 
     @torch.no_grad()
     def grad_norm(self) -> float:
-        """Norm of the gradient over the whole model: dense gradients are equal on all ranks, experts are spread over EP."""
-        device = self.params[0].device
-        squares = torch.zeros(2, dtype=torch.float64, device=device)
-        for index, expert in enumerate((False, True)):
-            grads = [p.main_grad for p in self.params if getattr(p, "is_stacked_expert", False) == expert]
-            if grads:
-                squares[index] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
-        dist.all_reduce(squares[1], group=parallel_state.get_expert_model_parallel_group())
-        return squares.sum().sqrt().item()
+        """Norm of the gradient over the whole model, each number counted once; the same bits on all ranks."""
+        squares = squared_norm([param.main_grad for param in self.params if self.places[param].counted], self.device)
+        dist.all_reduce(squares)
+        return squares.sqrt().item()
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """One update at learning rate ``lr`` (Muon's; AdamW's is ``lr * adamw.lr_ratio``). Returns the unclipped norm."""
-        settings = self.settings
         norm = self.grad_norm()
         if not math.isfinite(norm):  # the norm is the same on all ranks, so all stop, and nothing was changed
             raise NumericsError(
                 "gradient of this step", f"norm {norm}", "a finite number",
                 "lower schedule.peak_lr or look at the data of this step; the same command continues from the last checkpoint",
             )
-        if settings.clip_grad and norm > settings.clip_grad:
-            torch._foreach_mul_([param.main_grad for param in self.params], settings.clip_grad / (norm + 1e-6))
-        if self.muon:
-            weights = [self.masters[param] for param in self.muon.params]
+        clip = self.settings.clip_grad
+        if clip and norm > clip and self.owned:
+            torch._foreach_mul_([param.main_grad for param in self.owned], clip / (norm + 1e-6))
+        self._step_muon(lr)
+        self._step_adamw(lr)
+        for param, master in self.masters.items():
+            if param.dtype != torch.float32:
+                param.copy_(master)
+        self._send_to_copies()
+        return norm
+
+    def _step_muon(self, lr: float) -> None:
+        """Shards of one matrix are stepped together: their ranks own the same parameters and take them in the same order."""
+        settings = self.settings
+        for bucket in self._muon_buckets():
+            weights = [self.masters[param] for param in bucket]
             updates = muon_updates(
-                self.muon.names, weights, [param.main_grad for param in self.muon.params], self.momenta,
+                [self.names[param] for param in bucket], [param.main_grad for param in bucket],
+                [self.momenta[param] for param in bucket], [self.places[param].cut for param in bucket],
                 heads=self.heads, momentum=settings.momentum, nesterov=settings.nesterov,
                 steps=settings.newton_schulz_steps, update_rms=settings.update_rms,
             )
             torch._foreach_mul_(weights, 1 - lr * settings.weight_decay)
             torch._foreach_add_(weights, updates, alpha=-lr)
-        if self.adamw:
-            for group in self.adamw.param_groups:
-                group["lr"] = lr * settings.adamw.lr_ratio
-            for param in self.params:
-                if self.masters[param] in self.adamw.state:
-                    self.masters[param].grad = param.main_grad
-            self.adamw.step()
-        for param, master in self.masters.items():
-            if param.dtype != torch.float32:
-                param.copy_(master)
-        return norm
 
-    def _named_state(self) -> list[tuple[torch.nn.Parameter, str, torch.Tensor]]:
-        state = [(param, "momentum", buffer) for param, buffer in zip(self.muon.params, self.momenta)] if self.muon else []
+    def _muon_buckets(self) -> list[list[torch.nn.Parameter]]:
+        """Owned Muon parameters, those of one shape together, experts apart (their shards are in another group)."""
+        buckets: list[list[torch.nn.Parameter]] = []
+        kind, room = None, 0
+        for param in sorted(self.momenta, key=lambda param: (param.dim(), param.shape, self.names[param])):
+            if param.dim() != kind or param.numel() > room:
+                buckets.append([])
+                kind, room = param.dim(), BUCKET_ELEMENTS
+            buckets[-1].append(param)
+            room -= param.numel()
+        return buckets
+
+    def _step_adamw(self, lr: float) -> None:
+        self.adamw_steps += 1
+        if not self.adamw:
+            return
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * self.settings.adamw.lr_ratio
+        for param, master in self.masters.items():
+            if param not in self.momenta:
+                master.grad = param.main_grad
+        self.adamw.step()
+
+    def _send_to_copies(self) -> None:
+        """Brings the new values from each owner to the ranks that hold copies, in few large messages."""
+        sent: dict[tuple, list[torch.Tensor]] = {}
         for param in self.params:
-            master = self.masters[param]
-            if self.adamw and master in self.adamw.state:
+            sent.setdefault((self.places[param].copies, self.owner[param]), []).append(param.detach())
+        for (copies, owner), values in sent.items():
+            if copies.size() > 1:
+                dist._broadcast_coalesced(copies, values, 4 * BUCKET_ELEMENTS, owner)
+
+    def _state(self) -> list[tuple[torch.nn.Parameter, str, torch.Tensor]]:
+        """What this rank owns."""
+        state = [(param, "momentum", momentum) for param, momentum in self.momenta.items()]
+        for param, master in self.masters.items():
+            if param not in self.momenta:
                 state += [(param, key, self.adamw.state[master][key]) for key in ("exp_avg", "exp_avg_sq")]
             if param.dtype != torch.float32:
                 state.append((param, "master", master))
         return state
 
     def sharded_state_dict(self, model_state: dict) -> dict:
-        """State beside the model's own sharded tensors: ``optimizer.KIND.NAME`` has the sharding of NAME."""
-        sharded = get_param_id_to_sharded_param_map(model_state, iter(self.params))
-        index = {id(param): number for number, param in enumerate(self.params)}
-        return {
-            f"{kind}.{index[id(param)]}": make_sharded_optimizer_tensor(sharded[index[id(param)]], tensor, f"optimizer.{kind}")
-            for param, kind, tensor in self._named_state()
-        } | {"adamw_steps": self._adamw_steps()}
+        """State beside the model's own sharded tensors: ``optimizer.KIND.NAME`` has the sharding of NAME.
+
+        A checkpoint says nothing of who owned what: it can be loaded under any layout.
+        """
+        places = get_param_id_to_sharded_param_map(model_state, iter(self.owned))
+        index = {param: number for number, param in enumerate(self.owned)}
+        state: dict = {"adamw_steps": self.adamw_steps}
+        for param, kind, tensor in self._state():
+            sharded = make_sharded_optimizer_tensor(places[index[param]], tensor, f"optimizer.{kind}")
+            # the model's own tensor is written by the first of its copies, this one by its owner
+            state[f"{kind}.{index[param]}"] = replace(sharded, replica_id=(*sharded.replica_id[:-1], 0))
+        return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Copies loaded tensors into place, bit for bit."""
-        index = {id(param): number for number, param in enumerate(self.params)}
-        for param, kind, tensor in self._named_state():
-            tensor.copy_(state[f"{kind}.{index[id(param)]}"])
+        """Copies loaded tensors into place, bit for bit. The parameters themselves are loaded with the model."""
+        index = {param: number for number, param in enumerate(self.owned)}
+        for param, kind, tensor in self._state():
+            tensor.copy_(state[f"{kind}.{index[param]}"])
+        self.adamw_steps = state["adamw_steps"]
         if self.adamw:
             for entry in self.adamw.state.values():
-                entry["step"].fill_(state["adamw_steps"])
-        for param, master in self.masters.items():
-            if param.dtype != torch.float32:
-                param.data.copy_(master)
+                entry["step"].fill_(self.adamw_steps)
 
     def masters_from_params(self) -> None:
         """Takes over weights that were loaded without optimizer state."""
         for param, master in self.masters.items():
             if param.dtype != torch.float32:
                 master.copy_(param.detach())
-
-    def _adamw_steps(self) -> int:
-        if not self.adamw:
-            return 0
-        return int(next(iter(self.adamw.state.values()))["step"].item())

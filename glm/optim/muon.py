@@ -5,7 +5,7 @@ from typing import Callable
 
 import torch
 
-from glm.optim.newton_schulz import newton_schulz
+from glm.optim.newton_schulz import Cut, newton_schulz, newton_schulz_flops, newton_schulz_shards
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ def split_matrices(name: str, tensor: torch.Tensor, heads: HeadShape) -> tuple[l
 
     q, k and v are orthogonalised separately, so are gate and up, so is each expert: fused storage is a detail of this
     code base and must not change the mathematics. Returns ([..., m, n] tensors, function from those to the original shape).
+    A tensor-parallel shard gives shards of those matrices: it holds whole query groups, or its part of gate above that of up.
     """
     if name.endswith("linear_qkv.weight"):
         rows = [heads.queries, heads.head_dim, heads.head_dim]
@@ -36,34 +37,52 @@ def split_matrices(name: str, tensor: torch.Tensor, heads: HeadShape) -> tuple[l
 
 @torch.no_grad()
 def muon_updates(
-    names: list[str], params: list[torch.Tensor], grads: list[torch.Tensor], momenta: list[torch.Tensor], *,
+    names: list[str], grads: list[torch.Tensor], momenta: list[torch.Tensor], cuts: list[Cut | None], *,
     heads: HeadShape, momentum: float, nesterov: bool, steps: int, update_rms: float,
 ) -> list[torch.Tensor]:
     """The update of each parameter, to be multiplied by the learning rate and subtracted. ``momenta`` change in place.
 
-    Scaled by update_rms * sqrt(max(m, n)), so that an orthogonal m x n update has root mean square ``update_rms``
-    (report 2.4; Moonlight, arXiv 2502.16982). Matrices of one shape are orthogonalised in one batch.
+    Scaled by update_rms * sqrt(max(m, n)) of the whole m x n matrix, so that an orthogonal update has root mean square
+    ``update_rms`` (report 2.4; Moonlight, arXiv 2502.16982). Matrices of one shape are orthogonalised in one batch.
+    ``cuts`` says which parameters are tensor-parallel shards; then this is collective, with the same names in the same order.
     """
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
     directions = torch._foreach_lerp(grads, momenta, momentum) if nesterov else momenta
-    pieces, joins = [], []
-    for name, direction in zip(names, directions):
+    pieces, piece_cuts, joins = [], [], []
+    for name, direction, cut in zip(names, directions, cuts):
         parts, join = split_matrices(name, direction, heads)
         joins.append((len(pieces), len(parts), join))
         pieces.extend(parts)
+        piece_cuts.extend([cut] * len(parts))
     done: list[torch.Tensor | None] = [None] * len(pieces)
-    for indices in _same_shape(pieces):
+    for indices in _alike(pieces, piece_cuts):
+        cut = piece_cuts[indices[0]]
         batch = torch.cat([pieces[index].reshape(-1, *pieces[index].shape[-2:]) for index in indices])
-        scale = update_rms * max(batch.shape[-2:]) ** 0.5
-        results = newton_schulz(batch, steps).mul_(scale)
+        results = newton_schulz_shards(batch, cut, steps) if cut else newton_schulz(batch, steps)
+        results.mul_(update_rms * max(whole_shape(batch, cut)) ** 0.5)
         counts = [pieces[index].shape[:-2].numel() for index in indices]
         for index, result in zip(indices, results.split(counts)):
             done[index] = result.reshape(pieces[index].shape)
     return [join(done[first:first + count]) for first, count, join in joins]
 
 
-def _same_shape(pieces: list[torch.Tensor]) -> list[list[int]]:
-    shapes: dict[tuple[int, ...], list[int]] = {}
-    for index, piece in enumerate(pieces):
-        shapes.setdefault(tuple(piece.shape[-2:]), []).append(index)
-    return list(shapes.values())
+def muon_flops(name: str, shard: torch.Tensor, cut: Cut | None, heads: HeadShape, steps: int) -> int:
+    """What ``muon_updates`` spends on the whole parameter of which this rank holds ``shard``."""
+    parts, _ = split_matrices(name, torch.empty_like(shard, device="meta"), heads)
+    return sum(part.shape[:-2].numel() * newton_schulz_flops(*whole_shape(part, cut), steps) for part in parts)
+
+
+def whole_shape(shard: torch.Tensor, cut: Cut | None) -> tuple[int, int]:
+    """(m, n) of the matrices of which ``shard`` [..., m', n'] is a part."""
+    shape = list(shard.shape[-2:])
+    if cut:
+        shape[cut.dim] *= cut.group.size()
+    return shape[0], shape[1]
+
+
+def _alike(pieces: list[torch.Tensor], cuts: list[Cut | None]) -> list[list[int]]:
+    """Indices of the pieces that can go through Newton-Schulz together."""
+    alike: dict[tuple, list[int]] = {}
+    for index, (piece, cut) in enumerate(zip(pieces, cuts)):
+        alike.setdefault((*piece.shape[-2:], cut), []).append(index)
+    return list(alike.values())

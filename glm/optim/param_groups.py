@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+
+from glm.optim.placement import placement
 
 FROZEN_PREFIXES = {"embedding": "embedding.", "output": "output_layer.", "router": ".router.", "mtp": "mtp."}
 
@@ -17,10 +20,6 @@ class ParamGroup:
     names: list[str] = field(default_factory=list)
     params: list[torch.nn.Parameter] = field(default_factory=list)
 
-    @property
-    def size(self) -> int:
-        return sum(parameter.numel() for parameter in self.params)
-
 
 def is_frozen(name: str, frozen: tuple[str, ...]) -> bool:
     """True when the recipe's ``optimizer.frozen`` names this parameter's part of the model."""
@@ -29,7 +28,7 @@ def is_frozen(name: str, frozen: tuple[str, ...]) -> bool:
 
 
 def param_groups(named: list[tuple[str, torch.nn.Parameter]], frozen: tuple[str, ...] = ()) -> list[ParamGroup]:
-    """Sorts all parameters of ``model`` by name and shape.
+    """Sorts parameters by name and shape; a rank that holds none of a group has it empty.
 
     Muon takes matrices that map hidden vectors to hidden vectors. AdamW takes embeddings, biases and norms (report,
     2.4), and by our choice the output head and the router, whose rows are classes rather than directions.
@@ -51,18 +50,25 @@ def param_groups(named: list[tuple[str, torch.nn.Parameter]], frozen: tuple[str,
             group = groups["muon"]
         group.names.append(name)
         group.params.append(parameter)
-    filled = [group for group in groups.values() if group.params]
-    owned = [id(parameter) for group in filled for parameter in group.params]
-    return filled
+    return list(groups.values())
 
 
-def table(groups: list[ParamGroup]) -> str:
-    """The groups as lines for the log, with their share of the parameters of this rank."""
-    total = sum(group.size for group in groups)
+def whole_model_sizes(groups: list[ParamGroup], device: torch.device) -> list[tuple[int, int]]:
+    """(tensors, parameters) of each group over the whole model, every one counted once. Collective over all ranks."""
+    sizes = torch.zeros(len(groups), 2, dtype=torch.int64, device=device)
+    for index, group in enumerate(groups):
+        for name, parameter in zip(group.names, group.params):
+            place = placement(name, parameter)
+            sizes[index] += torch.tensor([place.first, place.counted * parameter.numel()], device=device)
+    dist.all_reduce(sizes)
+    return [(tensors, parameters) for tensors, parameters in sizes.tolist()]
+
+
+def table(groups: list[ParamGroup], sizes: list[tuple[int, int]]) -> str:
+    """The groups as lines for the log, with their share of the parameters of the whole model."""
+    tensors, parameters = (sum(column) for column in zip(*sizes))
     lines = [f"{'rule':<8}{'tensors':>8}{'parameters':>16}{'share':>8}  what"]
-    for group in groups:
-        lines.append(
-            f"{group.rule:<8}{len(group.params):>8}{group.size:>16,}{group.size / total:>8.1%}  {group.reason}"
-        )
-    lines.append(f"{'all':<8}{sum(len(group.params) for group in groups):>8}{total:>16,}{1:>8.0%}")
-    return "\n".join(lines)
+    for group, (count, size) in zip(groups, sizes):
+        if count:
+            lines.append(f"{group.rule:<8}{count:>8}{size:>16,}{size / parameters:>8.1%}  {group.reason}")
+    return "\n".join([*lines, f"{'all':<8}{tensors:>8}{parameters:>16,}{1:>8.0%}"])

@@ -25,7 +25,6 @@ from glm.errors import EngineError
 from glm.inference.client import EngineClient
 from glm.inference.speculative import acceptance_length
 from glm.metrics.log import MetricLog
-from glm.optim.param_groups import table
 from glm.recipe.check import refuse_unproved
 from glm.recipe.compose import dump_recipe
 from glm.recipe.schema import RLRecipe
@@ -64,7 +63,7 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
         actor = None
         if runtime.is_first:
             if progress.step == 0:
-                print(table(trainer.optimizer.groups), flush=True)
+                print(trainer.optimizer.table, flush=True)
             actor = stack.enter_context(Actor(recipe, environments, folder, sync, progress.step))
             rewind_samples(folder.samples(recipe.stage), progress.step)
         if actor and progress.step == 0:

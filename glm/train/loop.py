@@ -12,7 +12,6 @@ from glm.data.batches import Batches
 from glm.data.prepare import prepare
 from glm.errors import CheckpointError
 from glm.metrics.log import MetricLog
-from glm.optim.param_groups import table
 from glm.recipe.compose import dump_recipe
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.runtime import Runtime
@@ -36,7 +35,7 @@ def train(recipe: TrainRecipe) -> None:
     progress = restore(trainer, recipe, folder, runtime)
     total = count_steps(recipe)
     if runtime.is_first and progress.step == 0 and (recipe.parent is None or recipe.schedule.clock == "stage"):
-        print(table(trainer.optimizer.groups), flush=True)
+        print(trainer.optimizer.table, flush=True)
 
     with MetricLog(
         folder.root, recipe.stage, total_steps=total, enabled=runtime.is_first, logging=recipe.logging,

@@ -1,0 +1,74 @@
+"""Real ranks over gloo: processes that stay, so that many cases pay for one start."""
+
+import multiprocessing
+import traceback
+from pathlib import Path
+
+from glm import platform
+
+
+class Ranks:
+    """``ranks(layout, function, *args)`` calls ``function`` on every rank, divided by ``layout``; results in rank order."""
+
+    def __init__(self, count: int, folder: Path):
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, count, str(folder / "store"), theirs))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, layout: dict[str, int], function, *args) -> list:
+        for pipe in self._pipes:
+            pipe.send((layout, function, args))
+        replies = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(120), f"rank {rank} does not answer"
+            replies.append(pipe.recv())
+        failed = [f"rank {rank}:\n{reply}" for rank, (done, reply) in enumerate(replies) if not done]
+        assert not failed, "\n".join(failed)
+        return [reply for _, reply in replies]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+def divide(layout: dict[str, int]) -> None:
+    """Makes megatron's process groups for ``layout`` (tp, pp, cp, ep, etp; 1 where not named)."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.get("tp", 1), pipeline_model_parallel_size=layout.get("pp", 1),
+        context_parallel_size=layout.get("cp", 1), expert_model_parallel_size=layout.get("ep", 1),
+        expert_tensor_parallel_size=layout.get("etp", 1),
+    )
+
+
+def _serve(rank: int, count: int, store: str, pipe) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    platform.activate("host")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    while True:
+        try:
+            layout, function, args = pipe.recv()
+        except EOFError:  # the parent is done
+            dist.destroy_process_group()
+            return
+        try:
+            divide(layout)
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
