@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from glm.optim.grad_norm import squared_norm
 from glm.optim.muon import HeadShape, muon_updates, split_matrices
 from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz
 
@@ -73,3 +74,23 @@ def test_updates_follow_torch_muon_within_its_bfloat16_rounding():
         ours.mul_(1 - 0.02 * 0.1).sub_(update, alpha=0.02)
     moved = (theirs.detach() - start).norm()
     assert (ours - theirs.detach()).norm() < 0.03 * moved
+
+
+def test_one_update_is_that_of_a_float64_reference():
+    """Momentum, Nesterov, orthogonalisation and scale, on the second step so that the buffer is not a multiple of the gradient."""
+    generator = torch.Generator().manual_seed(4)
+    gradients = [torch.randn(40, 24, generator=generator) for _ in range(2)]
+    momentum, exact = torch.zeros(40, 24), torch.zeros(40, 24, dtype=torch.float64)
+    for gradient in gradients:
+        update = muon_updates(["linear_proj.weight"], [gradient], [momentum], [None], **SETTINGS)[0]
+        exact = 0.95 * exact + 0.05 * gradient.double()
+    direction = 0.05 * gradients[1].double() + 0.95 * exact
+    expected = 0.2 * 40**0.5 * reference_newton_schulz(direction)
+    assert (update.double() - expected).norm() < 1e-5 * expected.norm()
+    assert (update.double() - 0.2 * 40**0.5 * reference_newton_schulz(exact)).norm() > 1e-2 * expected.norm()
+
+
+def test_the_norm_of_a_large_gradient_is_exact():
+    tensors = [torch.randn(1000, 2000, generator=torch.Generator().manual_seed(5)), torch.ones(3)]
+    expected = sum(tensor.double().square().sum() for tensor in tensors)
+    assert abs(squared_norm(tensors, torch.device("cpu")) / expected - 1).item() < 1e-12
