@@ -36,7 +36,7 @@ class TrainOptimizer:
         """Which rule has how many parameters of the whole model, for the log."""
         stepped = [(name, param, group.rule) for group in self.groups if group.rule != "frozen" for name, param in zip(group.names, group.params)]
         self.params = [param for _, param, _ in stepped]
-        self.places = {param: placement(name, param) for name, param, _ in stepped}
+        self.places = {param: placement(param) for param in self.params}
         self.owner = self._assign(stepped)
         self.owned = [param for param in self.params if self.owner[param] == self.places[param].copies.rank()]
         self.masters = {

@@ -57,8 +57,8 @@ def whole_model_sizes(groups: list[ParamGroup], device: torch.device) -> list[tu
     """(tensors, parameters) of each group over the whole model, every one counted once. Collective over all ranks."""
     sizes = torch.zeros(len(groups), 2, dtype=torch.int64, device=device)
     for index, group in enumerate(groups):
-        for name, parameter in zip(group.names, group.params):
-            place = placement(name, parameter)
+        for parameter in group.params:
+            place = placement(parameter)
             sizes[index] += torch.tensor([place.first, place.counted * parameter.numel()], device=device)
     dist.all_reduce(sizes)
     return [(tensors, parameters) for tensors, parameters in sizes.tolist()]

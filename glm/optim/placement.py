@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from glm.model.shards import shard_of
 from glm.optim.newton_schulz import Cut
 
 
@@ -24,7 +23,7 @@ class Placement:
     """Whether this is the shard that counts when whole tensors are counted."""
 
 
-def placement(name: str, parameter: torch.nn.Parameter) -> Placement:
+def placement(parameter: torch.nn.Parameter) -> Placement:
     """Read from megatron's attributes on ``parameter`` and from its process groups.
 
     Experts are copied over the expert-data-parallel ranks and cut over the expert-tensor-parallel ones; everything else over
@@ -37,12 +36,12 @@ def placement(name: str, parameter: torch.nn.Parameter) -> Placement:
     else:
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensor = parallel_state.get_tensor_model_parallel_group()
-    shard = shard_of(name, parameter)
-    counted = copies.rank() == 0 and not getattr(parameter, "shared_embedding", False) and (shard.size > 1 or tensor.rank() == 0)
+    is_cut = tensor.size() > 1 and getattr(parameter, "tensor_model_parallel", False)
+    counted = copies.rank() == 0 and not getattr(parameter, "shared_embedding", False) and (is_cut or tensor.rank() == 0)
     first_experts = not expert or parallel_state.get_expert_model_parallel_rank() == 0
     return Placement(
         copies=copies,
-        cut=Cut(shard.group, shard.dim - parameter.dim()) if shard.size > 1 else None,
+        cut=Cut(tensor, parameter.partition_dim - parameter.dim()) if is_cut else None,
         counted=counted,
         first=counted and tensor.rank() == 0 and first_experts,
     )
