@@ -6,6 +6,7 @@ from megatron.core.transformer import TransformerConfig
 
 from glm.model.gpt import Glm45Model
 from glm.model.layers import decoder_spec, mtp_spec
+from glm.model.shards import mark_shards
 from glm.platform import active
 from glm.recipe.sections import Model
 
@@ -20,7 +21,10 @@ def build_chunks(
     device = device or active().device
     count = config.virtual_pipeline_model_parallel_size
     with device:
-        return [_chunk(config, model, rotary_base, stage).to(device) for stage in ([None] if count is None else range(count))]
+        chunks = [_chunk(config, model, rotary_base, stage).to(device) for stage in ([None] if count is None else range(count))]
+    for chunk in chunks:
+        mark_shards(chunk)
+    return chunks
 
 
 def _chunk(config: TransformerConfig, model: Model, rotary_base: int, vp_stage: int | None) -> Glm45Model:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, set_tensor_model_parallel_attributes,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class Shard:
 
 
 WHOLE = Shard()
+
+
+def mark_shards(model: torch.nn.Module) -> None:
+    """Notes on each weight of a tensor-parallel layer along which dimension it is cut.
+
+    megatron does so only while it draws initial weights (tensor_parallel/layers.py:855), which this suite does itself.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
 def shard_of(name: str, parameter: torch.nn.Parameter) -> Shard:

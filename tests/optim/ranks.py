@@ -40,16 +40,18 @@ class Ranks:
 
 
 def divide(layout: dict[str, int]) -> None:
-    """Makes megatron's process groups for ``layout`` (tp, pp, cp, ep, etp; 1 where not named)."""
-    from megatron.core import parallel_state
+    """Makes megatron's process groups for ``layout`` (tp, pp, vpp, cp, ep, etp; 1 where not named)."""
+    from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.get("tp", 1), pipeline_model_parallel_size=layout.get("pp", 1),
+        virtual_pipeline_model_parallel_size=layout.get("vpp"),
         context_parallel_size=layout.get("cp", 1), expert_model_parallel_size=layout.get("ep", 1),
         expert_tensor_parallel_size=layout.get("etp", 1),
     )
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
 def _serve(rank: int, count: int, store: str, pipe) -> None:
