@@ -26,7 +26,7 @@ def main(recipe: ExportRecipe) -> None:
     with MetricLog(folder.root, recipe.stage, total_steps=1, logging=recipe.logging, config=dump_recipe(recipe)) as log:
         log.rewind(0)
         draft = folder.export.with_name(f"{folder.export.name}.unverified")
-        written = to_hf(checkpoint, draft, platform=recipe.platform)
+        written = to_hf(checkpoint, draft)
         proof = verify(
             checkpoint, draft, platform=recipe.platform, num_tokens=recipe.verify_tokens,
             tolerance=recipe.verify_tolerance, seed=recipe.seed,

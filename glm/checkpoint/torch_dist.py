@@ -5,13 +5,17 @@ file of which the tensor's bytes are one uncompressed record. Nothing here reads
 """
 
 import io
+import json
 import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata,
+)
 
 from glm.errors import CheckpointError
 
@@ -105,6 +109,38 @@ def data_offset(folder: Path, item: Item) -> int:
     return item.offset + begin + tensor.storage_offset() * tensor.itemsize
 
 
+def frame(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the bytes of such a tensor. The checksum of the bytes is left 0, as readers ignore it."""
+    sink = _Frame()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(sizes, dtype=dtype), sink)  # its memory is never touched, so the system gives it none
+    before, after = bytes(sink.written[0]), bytes(sink.written[1])
+    assert len(sink.written) == 2 and sink.skipped == torch.Size(sizes).numel() * dtype.itemsize, (dtype, sizes, sink.skipped)
+    return before, after
+
+
+def write_metadata(folder: Path, stored: dict[str, Stored]) -> list[str]:
+    """Writes what makes a folder of items a checkpoint of weights for megatron's reader; returns the names of the files."""
+    state = {
+        key: TensorStorageMetadata(
+            TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape),
+            [ChunkStorageMetadata(torch.Size(item.start), torch.Size(item.sizes)) for item in tensor.chunks],
+        )
+        for key, tensor in stored.items()
+    }
+    places = {
+        MetadataIndex(item.key, item.start, number): _StorageInfo(item.file, item.offset, item.length)
+        for tensor in stored.values() for number, item in enumerate(tensor.chunks)
+    }
+    with (folder / METADATA).open("wb") as file:
+        pickle.dump(Metadata(state, storage_data=places), file)
+    torch.save({"rng": torch.empty(0, dtype=torch.uint8)}, folder / "common.pt")  # no generator's state: nothing was trained
+    (folder / "metadata.json").write_text(json.dumps({
+        "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+    }), encoding="utf-8")
+    return [METADATA, "common.pt", "metadata.json"]
+
+
 def _metadata(folder: Path) -> Metadata:
     path = folder / METADATA
     try:
@@ -127,6 +163,26 @@ class _Unpickler(pickle.Unpickler):
         if not known and value is not torch.Size and value is not torch.serialization._get_layout and not isinstance(value, torch.dtype):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
         return value
+
+
+class _Frame(io.RawIOBase):
+    """Keeps what is written and skips what is skipped: one list entry before and one after."""
+
+    def __init__(self):
+        self.written, self.skipped = [bytearray()], 0
+
+    def write(self, data) -> int:
+        self.written[-1] += data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_CUR, "skip_data seeks forward only"
+        self.skipped += offset
+        self.written.append(bytearray())
+        return self.tell()
+
+    def tell(self) -> int:
+        return self.skipped + sum(map(len, self.written))
 
 
 class _Window(io.RawIOBase):

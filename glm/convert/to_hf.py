@@ -1,40 +1,251 @@
-"""A checkpoint as a Hugging Face folder."""
+"""A checkpoint as a Hugging Face folder, copied by byte ranges from whatever chunks training saved it in: no model is built."""
 
+import math
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
-from torch import Tensor
-from tqdm import tqdm
+import torch
 
-from glm.checkpoint import store
+from glm.checkpoint import manifest, torch_dist
+from glm.checkpoint.run_folder import write_json
+from glm.checkpoint.torch_dist import Item
+from glm.convert.draft import Draft, fingerprint
+from glm.convert.pieces import Part, Piece, write
 from glm.convert.source import find_source
-from glm.weights import one_rank
-from glm.weights.gather import hf_tensors
-from glm.weights.hf_folder import Written, write_folder
-from glm.weights.name_map import hf_names
+from glm.convert.stored_rows import StoredRows
+from glm.convert.streams import Bytes, Cast, Computed, Stream, is_exact, read
+from glm.errors import CheckpointError
+from glm.weights.arrangement import Run, arrangement
+from glm.weights.companions import restore_companions
+from glm.weights.digest import digest_start, type_name
+from glm.weights.fp8 import FP8, fp8_plan, quantise, scale_name, scale_shape
+from glm.weights.hf_folder import (
+    DTYPES, MANIFEST, Written, file_names, manifest_entry, publish, require_replaceable, usual_dtype, write_configuration, write_index,
+)
+from glm.weights.hf_shapes import hf_shapes
+from glm.weights.name_map import check_names, copies, hf_names, rows
+from glm.weights.places import safetensors_header
+
+_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""A model on ranks that do not divide the vocabulary may store more rows than it has tokens."""
 
 
 def to_hf(
-    source: Path, out: Path, *, stage: str | None = None, platform: str = "host", tokenizer: Path | None = None,
-    with_copies: bool = False, max_shard_bytes: int = 5_000_000_000,
+    source: Path, out: Path, *, stage: str | None = None, tokenizer: Path | None = None, with_copies: bool | None = None,
+    fp8: bool = False, max_shard_bytes: int = 5_000_000_000, digests: bool = True, workers: int = 2,
 ) -> Written:
     """Exports the checkpoint that ``source`` means (see find_source) to ``out``, in the type it is stored in.
 
-    ``tokenizer``: a folder to copy instead of the run's. Works in this process alone, which holds the whole model once.
+    A tensor gets the type it had in the folder the checkpoint was imported from; after training the model's, except that
+    routers stay float32 unless bfloat16 holds every value of them all. ``tokenizer``: a folder to copy instead of the
+    imported model's or the run's. ``with_copies``: repeat embedding and head in the MTP layer; None: if the imported folder
+    did. ``fp8``: matrices in FP8 blocks (glm.weights.fp8). Killed or out of space, the same command continues.
     Raises CheckpointError and PlatformError; ``out`` is whole or as it was.
     """
+    out = Path(out)
+    require_replaceable(out)
     found = find_source(source, stage)
-    info, shape = store.read_info(found.checkpoint)
-    one_rank.start(shape, platform=platform)
-    model = one_rank.build(shape, params=store.stored_params(found.checkpoint), rotary_base=info.rotary_base, megatron=info.megatron)
-    store.load(found.checkpoint, [model])
-    return write_folder(
-        Path(out), _with_bar(hf_tensors([model], shape), len(hf_names(shape))), shape, rotary_base=info.rotary_base,
-        tokenizer=tokenizer or found.tokenizer, max_shard_bytes=max_shard_bytes, with_copies=with_copies,
-        source={"stage": info.stage, "step": info.step, "run_tokens": info.run_tokens},
-    )
+    info, shape = manifest.read_info(found.checkpoint)
+    export = _Export(found.checkpoint, with_copies, fp8, max_shard_bytes)
+    fingerprinted = partial(fingerprint, found.checkpoint, [manifest.MANIFEST, *export.manifest["files"]])
+    job = {
+        "source": fingerprinted(), "folder": str(found.checkpoint.absolute()), "digests": digests,
+        "files": {name: [output.name for output in held] for name, held in export.shards.items()},
+    }
+    with Draft(out.with_name(f".{out.name}.tmp"), job, export.files) as draft:
+        try:
+            write(draft, export.pieces(digests), export.prove, digests=digests, workers=workers, title="export")
+            if fingerprinted() != job["source"]:
+                raise CheckpointError(str(found.checkpoint), "it changed while it was read", "files that stay as they are", "begin again")
+        except CheckpointError:
+            draft.discard()
+            raise
+        write_index(draft.folder, {name: [output.name for output in held] for name, held in export.shards.items()}, export.bytes)
+        quantisation = export.fp8.config if fp8 else None
+        carried = restore_companions(
+            found.checkpoint, draft.folder, shape, rotary_base=info.rotary_base, params=export.params, quantization_config=quantisation,
+        )
+        if tokenizer is None and not (draft.folder / "tokenizer.json").is_file():
+            tokenizer = found.tokenizer
+        if tokenizer is not None or not carried:
+            write_configuration(draft.folder, shape, info.rotary_base, export.params, tokenizer, quantisation)
+        write_json(draft.folder / MANIFEST, {
+            "source": {"stage": info.stage, "step": info.step, "run_tokens": info.run_tokens},
+            "tensors": {
+                output.name: manifest_entry(output.dtype, output.shape, draft.done[output.piece][output.part] if digests else None)
+                for held in export.shards.values() for output in held
+            },
+        })
+        draft.complete()
+    publish(draft.folder, out)
+    manifest.sync(out.parent)
+    return Written(tensors=sum(map(len, export.shards.values())), bytes=export.bytes)
 
 
-def _with_bar(tensors: Iterator[tuple[str, Tensor]], total: int) -> Iterator[tuple[str, Tensor]]:
-    """disable=None: drawn on a terminal only."""
-    return iter(tqdm(tensors, total=total, desc="export", unit="tensor", disable=None))
+@dataclass(frozen=True)
+class _Output:
+    """A tensor of the folder. ``part``: which of the parts of its piece; of an FP8 matrix the factors are the second."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    piece: str
+    part: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The rows of the checkpoint that are a tensor of the folder, in its order."""
+
+    key: str
+    expert: int | None
+    runs: tuple[Run, ...]
+
+
+class _Export:
+    """What is written where, and which bytes of the checkpoint go there."""
+
+    def __init__(self, checkpoint: Path, with_copies: bool | None, fp8: bool, max_shard_bytes: int):
+        self.checkpoint = checkpoint
+        self.manifest = manifest.read_manifest(checkpoint)
+        _check_description(checkpoint, self.manifest["files"])
+        _, self.shape = manifest.read_info(checkpoint)
+        self.params = manifest.stored_params(checkpoint)
+        self.sizes = hf_shapes(self.shape)
+        self.fp8 = fp8_plan(self.shape) if fp8 else None
+        self.stored = torch_dist.tensors(checkpoint)
+        self.rows = StoredRows(checkpoint, self.stored)
+        self.origins = self._origins()
+        form = self.manifest.get("hf", {"copies": False, "dtypes": {}})
+        self.copies = copies(self.shape) if (form["copies"] if with_copies is None else with_copies) else {}
+        self._dtypes = form["dtypes"] if "hf" in self.manifest else self._routers()
+        outputs = [output for name in (*hf_names(self.shape), *self.copies) for output in self._outputs(name)]
+        self.shards = _sharded(outputs, max_shard_bytes)
+        self.bytes = sum(output.nbytes for output in outputs)
+        self._headers = {
+            file: safetensors_header({output.name: (output.dtype, output.shape) for output in held}) for file, held in self.shards.items()
+        }
+        self.files = {file: len(self._headers[file]) + sum(output.nbytes for output in held) for file, held in self.shards.items()}
+
+    def pieces(self, digests: bool) -> Iterator[Piece]:
+        places, outputs = {}, {}
+        for file, held in self.shards.items():
+            offset = len(self._headers[file])
+            yield Piece(f"header of {file}", (Part(file, 0, (Bytes(self._headers[file]),)),))
+            for output in held:
+                places[output.name] = (file, offset)
+                outputs[output.name] = output
+                offset += output.nbytes
+        for output in outputs.values():
+            if output.part == 0:
+                streams, chunks = self._source(output.name)
+                proofs = tuple(dict.fromkeys(proof for chunk in chunks for proof in self._proofs(chunk))) if digests else ()
+                made = self._quantised(output.name, streams) if output.dtype is FP8 else {output.name: streams}
+                parts = tuple(
+                    Part(*places[name], streams, partial(digest_start, outputs[name].dtype, outputs[name].shape))
+                    for name, streams in made.items()
+                )
+                yield Piece(output.piece, parts, proofs)
+
+    def prove(self, proof: tuple[str, str]) -> None:
+        """That the bytes of a chunk, or of the file that holds it, are those that were written."""
+        file, label = proof
+        manifest.check_part(self.checkpoint / file, label, manifest.parts(self.manifest["files"][file])[label])
+
+    def _proofs(self, chunk: Item) -> list[tuple[str, str]]:
+        known = manifest.parts(self.manifest["files"].get(chunk.file, {}))
+        return [(chunk.file, label) for label in (chunk.label, "") if label in known]
+
+    def _source(self, name: str) -> tuple[tuple[Stream, ...], list[Item]]:
+        """The tensor's bytes in the type it is written in (in the model's if it will be quantised), and the chunks they come from."""
+        origin = self.origins[self.copies.get(name, name)]
+        found = [
+            pair for run in origin.runs for pair in self.rows.streams(origin.key, origin.expert, run.row, run.count)
+        ]
+        stored, wanted = self.stored[origin.key].dtype, self._dtype(name)
+        streams = tuple(stream for stream, _ in found)
+        if stored is not wanted:
+            streams = tuple(Cast(stream, stored, wanted, exact=True, where=f"{self.checkpoint}: {name}") for stream in streams)
+        return streams, [chunk for _, chunks in found for chunk in chunks]
+
+    def _quantised(self, name: str, streams: tuple[Stream, ...]) -> dict[str, tuple[Stream, ...]]:
+        """Values and factors, worked out together when the first of them is written."""
+        made = {}
+
+        def values():
+            weight = read(streams, self._dtype(name), self.sizes[name])
+            made["values"], made["factors"] = quantise(weight, name)
+            return made.pop("values")
+
+        nbytes, factors = math.prod(self.sizes[name]), math.prod(scale_shape(self.sizes[name])) * torch.float32.itemsize
+        return {name: (Computed(values, nbytes),), scale_name(name): (Computed(lambda: made.pop("factors"), factors),)}
+
+    def _outputs(self, name: str) -> list[_Output]:
+        size = self.sizes[name]
+        if self.fp8 is None or name not in self.fp8.quantised:
+            return [_Output(name, self._dtype(name), size, name)]
+        return [_Output(name, FP8, size, name), _Output(scale_name(name), torch.float32, scale_shape(size), name, part=1)]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        told = self._dtypes.get(self.copies.get(name, name))
+        return usual_dtype(name, self.params) if told is None else getattr(torch, told)
+
+    def _origins(self) -> dict[str, _Origin]:
+        """{tensor of the folder: its rows}. Raises CheckpointError for a tensor that is missing, unknown or of another shape."""
+        table = rows(self.shape)
+        held = [key for key in self.stored if not key.startswith("optimizer.") and not key.endswith("_extra_state")]
+        check_names(held, [row.megatron for row in table], where=str(self.checkpoint))
+        origins = {}
+        for row in table:
+            arranged, found = arrangement(row, self.shape, self.sizes), self.stored[row.megatron]
+            least = (min(found.shape[0], arranged.shape[0]), *found.shape[1:]) if row.megatron in _PADDED else found.shape
+            if least != arranged.shape or found.dtype not in (DTYPES[self.params], torch.float32):
+                raise CheckpointError(
+                    f"{self.checkpoint}: {row.megatron}", f"{type_name(found.dtype)} {list(found.shape)}",
+                    f"{self.params} {list(arranged.shape)}", "use the checkpoint with the manifest that was written with it",
+                )
+            for expert in [None] if arranged.experts is None else range(arranged.experts):
+                for part, name in enumerate(row.names([expert])):
+                    own = sorted((run for run in arranged.runs if run.part == part), key=lambda run: run.part_row)
+                    origins[name] = _Origin(row.megatron, expert, tuple(own))
+        return origins
+
+    def _routers(self) -> dict[str, str]:
+        """Routers are trained in float32. All are written in the model's type if that holds every value of them, else none."""
+        names = [name for name, origin in self.origins.items() if origin.key.endswith(".router.weight")]
+        for name in names:
+            origin = self.origins[name]
+            streams = [stream for run in origin.runs for stream, _ in self.rows.streams(origin.key, None, run.row, run.count)]
+            if not is_exact(read(streams, torch.float32, self.sizes[name]), DTYPES[self.params]):
+                return dict.fromkeys(names, type_name(torch.float32))
+        return {}
+
+
+def _sharded(outputs: list[_Output], limit: int) -> dict[str, list[_Output]]:
+    """{file: its tensors}, in the order of the table; within a file larger types first."""
+    groups: list[list[_Output]] = []
+    size = 0
+    for output in outputs:
+        if not groups or size + output.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(output)
+        size += output.nbytes
+    return {
+        file: sorted(group, key=lambda output: -output.dtype.itemsize) for file, group in zip(file_names(len(groups)), groups)
+    }
+
+
+def _check_description(checkpoint: Path, files: dict[str, dict]) -> None:
+    """All but the tensors, before anything of it is believed."""
+    manifest.check_sizes(checkpoint, files)
+    for name, entry in files.items():
+        if not name.endswith(".distcp"):
+            for label, part in manifest.parts(entry).items():
+                manifest.check_part(checkpoint / name, label, part)

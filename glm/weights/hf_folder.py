@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 PARAMS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES = {params: dtype for dtype, params in PARAMS.items()}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def write_folder(
     Raises CheckpointError for tensors that are not exactly the model's or a folder that holds something else,
     PlatformError when the disk is full.
     """
-    _require_replaceable(folder)
+    require_replaceable(folder)
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -56,7 +57,7 @@ def write_folder(
             shards.add(name, tensor)
         check_names(shards.manifest, [*hf_names(shape), *(copies(shape) if with_copies else ())], where=f"export to {folder}")
         written = shards.close()
-        _write_configuration(draft, shape, rotary_base, shards.params, tokenizer)
+        write_configuration(draft, shape, rotary_base, shards.params, tokenizer)
         write_json(draft / MANIFEST, {"source": source or {}, "tensors": shards.manifest})
         publish(draft, folder)
     except (OSError, SafetensorError) as error:
@@ -67,6 +68,11 @@ def write_folder(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return written
+
+
+def usual_dtype(name: str, params: str) -> torch.dtype:
+    """The type a tensor has in a released folder: the model's, but float32 for the router's bias."""
+    return torch.float32 if name.endswith(".e_score_correction_bias") else DTYPES[params]
 
 
 class _Shards:
@@ -92,20 +98,15 @@ class _Shards:
         self._bytes += size
         if name == "model.embed_tokens.weight":
             self.params = PARAMS[tensor.dtype]
-        self.manifest[name] = {
-            "dtype": type_name(tensor.dtype), "shape": list(tensor.shape), "sha256": tensor_digest(tensor),
-        }
+        self.manifest[name] = manifest_entry(tensor.dtype, tensor.shape, tensor_digest(tensor))
 
     def close(self) -> Written:
         """Writes the rest, and the index unless one file holds everything."""
         self._flush()
-        count = len(self._files)
-        finals = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        finals = file_names(len(self._files))
         for number, final in enumerate(finals):
             (self.folder / _part(number)).rename(self.folder / final)
-        if count > 1:
-            places = {name: final for final, names in zip(finals, self._files) for name in names}
-            write_json(self.folder / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": places})
+        write_index(self.folder, dict(zip(finals, self._files)), self._bytes)
         return Written(tensors=len(self.manifest), bytes=self._bytes)
 
     def _flush(self) -> None:
@@ -118,6 +119,22 @@ class _Shards:
             os.fsync(written.fileno())
         self._files.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
+
+
+def file_names(count: int) -> list[str]:
+    return [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, files: dict[str, Iterable[str]], total_bytes: int) -> None:
+    """``files``: the tensors of each. One file needs no index."""
+    if len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": places})
+
+
+def manifest_entry(dtype: torch.dtype, shape: Iterable[int], digest: str | None) -> dict[str, object]:
+    """What the manifest says of a tensor; ``digest`` as tensor_digest makes it, None if none was made."""
+    return {"dtype": type_name(dtype), "shape": list(shape)} | ({"sha256": digest} if digest is not None else {})
 
 
 def _part(number: int) -> str:
@@ -135,13 +152,16 @@ def _with_copies(tensors: Iterable[tuple[str, Tensor]], shape: Model) -> Iterabl
         yield name, originals[original]
 
 
-def _write_configuration(draft: Path, shape: Model, rotary_base: int, params: str, tokenizer: Path | None) -> None:
+def write_configuration(
+    draft: Path, shape: Model, rotary_base: int, params: str, tokenizer: Path | None, quantization_config: dict | None = None,
+) -> None:
+    """config.json, generation_config.json and the tokenizer's files, if there is one."""
     stop, pad = None, None
     if tokenizer is not None:
         stop, pad = _copy_tokenizer(tokenizer, draft, shape)
     write_json(draft / CONFIG, config_json(
         shape, rotary_base=rotary_base, params=params, eos_token_ids=stop, pad_token_id=pad,
-    ))
+    ) | ({"quantization_config": quantization_config} if quantization_config else {}))
     write_json(draft / "generation_config.json", {
         "do_sample": True, "temperature": 1.0, "top_p": 1.0, "eos_token_id": stop, "pad_token_id": pad,
     })
@@ -164,7 +184,7 @@ def _copy_tokenizer(tokenizer: Path, draft: Path, shape: Model) -> tuple[list[in
     return stop, stop[0]
 
 
-def _require_replaceable(folder: Path) -> None:
+def require_replaceable(folder: Path) -> None:
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
             str(folder), "it exists and is no earlier export", "a new folder, an empty one, or an earlier export",

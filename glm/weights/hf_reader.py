@@ -12,13 +12,12 @@ from glm.recipe.sections import Model
 from glm.weights import fp8
 from glm.weights.digest import tensor_digest
 from glm.weights.hf_config import model_section, rotary_base
-from glm.weights.hf_folder import CONFIG, INDEX, MANIFEST, PARAMS, SINGLE
+from glm.weights.hf_folder import CONFIG, DTYPES, INDEX, MANIFEST, PARAMS, SINGLE
 from glm.weights.hf_shapes import hf_shapes
 from glm.weights.name_map import check_names, copies, hf_names
 from glm.weights.places import Place, safetensors_places
 
 _TODO = "copy or download the folder again; a file of it is missing or was cut"
-_PARAMS_TYPE = {params: dtype for dtype, params in PARAMS.items()}
 _STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?$")
 
 
@@ -80,7 +79,7 @@ class HFFolder:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type ``get`` gives the tensor in: its own, or for FP8 that of the model."""
-        return _PARAMS_TYPE[self.params] if name in self._scales else self.place(name).dtype
+        return DTYPES[self.params] if name in self._scales else self.place(name).dtype
 
     def expected_digest(self, name: str) -> str | None:
         """What the folder's manifest says of the tensor (see tensor_digest); None without a manifest."""

@@ -114,6 +114,22 @@ def safetensors_places(path: Path) -> dict[str, Place]:
     return ordered
 
 
+def safetensors_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The beginning of a safetensors file of ``tensors`` (data type, shape), whose bytes follow in this order.
+
+    Give larger types first: then every tensor begins at a multiple of its type's size, on which some readers insist.
+    """
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _place(path: Path, start: int, name: str, entry: object) -> Place:
     try:
         kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]

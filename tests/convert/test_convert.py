@@ -152,7 +152,6 @@ def test_a_mistake_ends_a_converter_with_status_2_and_no_traceback(run, tmp_path
 
 
 def test_a_command_works_from_a_shell(tmp_path, folder):
-    """The import, because megatron's writer starts processes that import the program's main module again."""
     done = subprocess.run(
         [sys.executable, "-m", "tools.convert.from_hf", str(folder), str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
     )

@@ -52,7 +52,7 @@ def weights_digest(folder, stage: str) -> str:
 
     out = folder / "as_hf"
     if not out.exists():
-        to_hf(folder / "stages" / stage / "checkpoints" / "step_00000006", out, platform="host")
+        to_hf(folder / "stages" / stage / "checkpoints" / "step_00000006", out)
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 

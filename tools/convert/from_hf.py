@@ -3,37 +3,37 @@
 import sys
 from pathlib import Path
 
-from tools.convert.command import finish, parser
+from tools.convert.command import add_copying, finish, parser
 
 EXAMPLES = """\
   python -m tools.convert.from_hf GLM-4.5-Air runs/mine/stages/base/checkpoints
       makes .../checkpoints/step_00000000, as if a stage named base had written it
+  python -m tools.convert.from_hf GLM-4.5-Air-FP8 runs/mine/stages/base/checkpoints --workers 8
+      from weights in FP8 blocks, which become bfloat16
 """
 
 
 def from_hf(*arguments, **options):
-    """glm.convert.from_hf.from_hf, imported late: the platform must be active before, and the help answers without torch."""
+    """glm.convert.from_hf.from_hf, imported late: the help answers without torch."""
     from glm.convert.from_hf import from_hf as work
 
     return work(*arguments, **options)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    made = parser("Turns a Hugging Face folder of GLM-4.5 weights into a checkpoint of this suite, without an optimizer state.",
-                  EXAMPLES)
+    made = parser(
+        "Turns a Hugging Face folder of GLM-4.5 weights into a checkpoint of this suite, without an optimizer state, for any "
+        "layout. Builds no model and needs little memory. Killed or out of space, the same command continues.", EXAMPLES,
+    )
     made.add_argument("hf_folder", metavar="HF_FOLDER", type=Path, help="config.json and safetensors files")
     made.add_argument("checkpoint_folder", metavar="CHECKPOINTS", type=Path, help="new folder; gets step_00000000")
     made.add_argument("--params", choices=("fp32", "bf16"), help="type to store (default: the folder's)")
+    add_copying(made)
     given = made.parse_args(arguments)
-    return finish(given.platform, lambda: "written: " + str(
-        from_hf(given.hf_folder, given.checkpoint_folder, platform=given.platform, params=given.params)
-    ))
+    return finish(lambda: "written: " + str(from_hf(
+        given.hf_folder, given.checkpoint_folder, params=given.params, digests=not given.no_digests, workers=given.workers,
+    )))
 
 
-# The guard matters: megatron's checkpoint writer starts processes that import this module again.
-if __name__ == "__mp_main__":  # spawned by megatron's checkpoint writer; see glm/rank.py
-    from glm.platform.lifetime import die_with_parent
-
-    die_with_parent()
 if __name__ == "__main__":
     sys.exit(main())

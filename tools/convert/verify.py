@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tools.convert.command import add_stage, finish, parser
+from tools.convert.command import add_platform, add_stage, finish, parser
 
 EXAMPLES = """\
   python -m tools.convert.verify runs/tiny/stages/sft_cold_start/checkpoints/step_00000024 exported
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("source", metavar="CHECKPOINT", type=Path, help="a run's folder, or a step_* folder in it")
     made.add_argument("hf_folder", metavar="HF_FOLDER", type=Path, help="its export")
     add_stage(made)
+    add_platform(made)
     made.add_argument("--tokens", type=int, default=64, help="random tokens to compare logits on (default: 64)")
     made.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference of a logit (default: 1e-4)")
     given = made.parse_args(arguments)
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return (f"{found.tensors} tensors equal; logits (up to {found.max_logit:.2f}) differ by at most "
                 f"{found.max_logit_difference:.2e}{mtp}")
 
-    return finish(given.platform, work)
+    return finish(work, given.platform)
 
 
 # The guard matters: megatron's checkpoint writer starts processes that import this module again.
