@@ -1,11 +1,11 @@
-# make run    text to a chatting, RL-tuned model on this machine     make test    every test
-# Both set the environment up first; that needs the network once, and does nothing while the pins stay as they are.
+# make run    text to a chatting, RL-tuned model on this machine     make test    the tests     make test-all    with every matrix
+# All set the environment up first; that needs the network once, and does nothing while the pins stay as they are.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup run test clean
+.PHONY: help setup run test test-all clean
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
@@ -19,7 +19,8 @@ help:
 	@cat <<-'TEXT'
 		make setup               create .venv and install the pinned packages; does nothing when that is done
 		make run  [ARGS=...]     glm run configs/glm45/tiny.yaml   (another one: RUNFILE=...)
-		make test [ARGS=...]     pytest
+		make test [ARGS=...]     pytest, of every matrix the quick cases
+		make test-all [ARGS=...] pytest, the whole of every matrix: up to an hour
 		make clean               remove caches and build leftovers; .venv and runs/ stay
 		PYTHON=python3.12        the interpreter .venv is made with; the first of python3, python3.11 ... 3.13 that fits if not given
 	TEXT
@@ -68,6 +69,9 @@ run: setup
 
 test: setup
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-all: setup
+	@$(VENV)/bin/python -m pytest -m '' $(ARGS)
 
 clean:
 	@rm -rf build *.egg-info .pytest_cache .hypothesis

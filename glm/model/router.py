@@ -32,6 +32,18 @@ class SigmoidRouter(TopKRouter):
         """
         return F.linear(hidden.float(), self.weight.float())
 
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None):
+        """The weight of a token's only expert is the scaling factor: GLM-4.5 divides the chosen scores by their sum.
+
+        Upstream does so for two experts a token or more (moe_utils.py:724); with one it would weigh by the bare score, as
+        transformers and SGLang do not.
+        """
+        probs, routing_map = super().routing(logits, padding_mask)
+        if self.topk == 1:
+            # from the score, not a constant: the balance loss hangs on the graph of probs
+            probs = probs / (probs.sum(-1, keepdim=True) + 1e-20) * self.config.moe_router_topk_scaling_factor
+        return probs, routing_map
+
     def attach_and_log_load_balancing_loss(
         self, activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp=False,
         valid_token_count=None,

@@ -1,218 +1,156 @@
 """Our network against transformers' Glm4MoeForCausalLM: the same weights give the same logits, losses and gradients.
 
-Each comparison has twins with one weight changed, and must tell them apart.
+Every comparison has twins with one weight changed, and must tell them apart. Shapes: tests/parity/shapes.py; tolerances and
+what they are measured in: tests/parity/compare.py.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import Glm4MoeForCausalLM
 
-from glm.convert.reference import Reference
-from glm.convert.verify import logits, mtp_loss
-from glm.weights.name_map import rows
-from tests.model_fixture import SHAPES, megatron_model, random_hf_weights, random_tokens, transformers_config, write_hf_folder
+from glm.convert.verify import logits
+from glm.train.batch import packed_batch
+from tests.model_fixture import random_tokens, tiny_shape
+from tests.parity.compare import (
+    TOLERANCES, Pair, difference, next_tokens, our_outcome, require, require_same, their_outcome,
+)
+from tests.parity.shapes import QUICK, VARIANTS, grid
 
-LOGITS = 1e-5
-"""Largest absolute difference; logits are of order 1."""
-GRADIENT = 2e-5
-"""Largest norm of the difference over the norm, of each tensor."""
-MTP_WEIGHT = 0.3
+DIFFERS = "differs by|0 on one side"
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def pair(request, tmp_path_factory):
-    """(shape, weights, folder) of one variant."""
-    shape = SHAPES[request.param]
-    weights = random_hf_weights(shape)
-    return shape, weights, write_hf_folder(tmp_path_factory.mktemp(request.param), shape, weights)
+@pytest.fixture(scope="module", params=QUICK)
+def pair(request, tmp_path_factory) -> Pair:
+    return Pair.write(request.param, QUICK[request.param], tmp_path_factory.mktemp("model"))
 
 
-def require_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = LOGITS) -> None:
-    difference = (ours - theirs).abs().max().item()
-    assert difference <= tolerance, f"differ by {difference:.2e}"
-
-
-def require_same_gradients(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())[:5]
-    unused = 0
-    for name, gradient in theirs.items():
-        unused += not gradient.any()
-        error = ((ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)).item()
-        assert error <= GRADIENT, f"{name}: {error:.2e}"
-    assert unused < len(theirs) / 8, f"{unused} of {len(theirs)} tensors have no gradient: too few experts are used"
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return request.param
 
 
 @torch.no_grad()
 def test_logits_are_those_of_transformers(pair):
-    shape, weights, folder = pair
-    token_ids = random_tokens(shape)
-    expected = Reference(folder).logits(token_ids)
-    assert 0.3 < expected.std() < 5, "logits of order 1, or the tolerance means nothing"
-    require_close(logits(megatron_model(shape, weights), token_ids), expected)
+    require(logits={pair.name: difference(logits(pair.ours(), pair.token_ids), pair.reference_logits)})
 
 
-def plus(amount: float, *index: int):
-    def change(tensor):
-        tensor[index] += amount
-    return change
+def changes(pair: Pair) -> dict[str, dict]:
+    """{what: changed tensors}, most of them of the last layer; the changed expert is one that some token chose."""
+    shape, layer = pair.shape, f"model.layers.{pair.shape.num_layers - 1}"
+    found = {
+        "one element of one expert": pair.changed(f"{layer}.mlp.experts.{pair.busy_expert}.gate_proj.weight", 1e-2, 0, 0),
+        "one key bias": pair.changed(f"{layer}.self_attn.k_proj.bias", 1e-2, 0),
+        "one query bias": pair.changed(f"{layer}.self_attn.q_proj.bias", 1e-2, 1),
+        "one value weight": pair.changed(f"{layer}.self_attn.v_proj.weight", 1e-2, 1, 2),
+        "one element of a norm": pair.changed(f"{layer}.post_attention_layernorm.weight", 1e-2, 3),
+        "one element of the head": pair.changed("lm_head.weight", 1e-2, 4, 5),
+    }
+    if shape.experts_per_token > 1:  # the weight of a token's only expert does not depend on its score
+        found["one row of the router"] = pair.changed(f"{layer}.mlp.gate.weight", 1e-2, pair.busy_expert)
+    if shape.experts_per_token < shape.num_experts:  # the bias chooses among experts, and weighs nothing
+        found["the router bias of one expert"] = pair.changed(f"{layer}.mlp.gate.e_score_correction_bias", -2.0, pair.busy_expert)
+    if shape.num_shared_experts:
+        found["one element of the shared expert"] = pair.changed(f"{layer}.mlp.shared_experts.down_proj.weight", 1e-2, 1, 1)
+    if shape.qk_norm:
+        found["one element of a head norm"] = pair.changed(f"{layer}.self_attn.q_norm.weight", 1e-1, 0)
+    if shape.num_dense_layers:
+        found["one element of a dense layer"] = pair.changed("model.layers.0.mlp.up_proj.weight", 1e-2, 0, 1)
+    return found
 
 
-TWINS = {
-    "one element of one expert": ("model.layers.3.mlp.experts.{busy}.gate_proj.weight", plus(1e-2, 0, 0)),
-    "one element of the shared expert": ("model.layers.3.mlp.shared_experts.down_proj.weight", plus(1e-2, 1, 1)),
-    "the router bias of one expert": ("model.layers.3.mlp.gate.e_score_correction_bias", plus(0.5, 2)),
-    "one row of the router": ("model.layers.3.mlp.gate.weight", plus(1e-2, 2)),
-    "one key bias": ("model.layers.1.self_attn.k_proj.bias", plus(1e-2, 0)),
-    "one query bias": ("model.layers.1.self_attn.q_proj.bias", plus(1e-2, 1)),
-    "one element of a norm": ("model.layers.2.post_attention_layernorm.weight", plus(1e-2, 3)),
-}
-
-
-def busy_expert(weights) -> str:
-    """The expert of layer 3 with the largest bias: some tokens choose it."""
-    return str(weights["model.layers.3.mlp.gate.e_score_correction_bias"].argmax().item())
-
-
-@pytest.mark.parametrize("what", TWINS)
 @torch.no_grad()
-def test_logits_tell_a_changed_weight(pair, what):
-    shape, weights, folder = pair
-    token_ids = random_tokens(shape)
-    expected = Reference(folder).logits(token_ids)
-    name, change = TWINS[what]
-    name = name.replace("{busy}", busy_expert(weights))
-    twin = weights | {name: weights[name].clone()}
-    change(twin[name])
-    with pytest.raises(AssertionError, match="differ by"):
-        require_close(logits(megatron_model(shape, twin), token_ids), expected)
+def test_logits_tell_each_of_these_changes_of_one_weight(pair):
+    for what, changed in changes(pair).items():
+        apart = difference(logits(pair.ours(**changed), pair.token_ids), pair.reference_logits)
+        assert apart > TOLERANCES["logits"], f"{what}: {apart:.1e} is within the tolerance"
 
 
 @torch.no_grad()
 def test_logits_tell_another_rotary_base(pair):
-    shape, weights, folder = pair
-    token_ids = random_tokens(shape)
-    with pytest.raises(AssertionError, match="differ by"):
-        require_close(logits(megatron_model(shape, weights, rotary_base=20_000), token_ids), Reference(folder).logits(token_ids))
+    apart = difference(logits(pair.ours(rotary_base=20_000), pair.token_ids), pair.reference_logits)
+    assert apart > TOLERANCES["logits"]
 
 
-def our_gradients(shape, weights, token_ids, mtp_weight: float) -> tuple[float, float, dict]:
-    """(mean loss, mean MTP loss, gradient of the summed losses under Hugging Face names)."""
-    model = megatron_model(shape, weights)
-    model.mtp_weight = mtp_weight
-    S = token_ids.shape[1]
-    labels, mask = token_ids.roll(-1, 1), torch.ones(token_ids.shape)
-    mask[:, -1] = 0
-    losses = model(input_ids=token_ids, position_ids=torch.arange(S).expand(token_ids.shape), attention_mask=None,
-                   labels=labels, loss_mask=mask)
-    total = (losses * mask).sum()
-    total.backward()
-    parameters = dict(model.named_parameters())
-    gradients = {}
-    for row in rows(shape):
-        if not row.is_router_bias:
-            gradient = parameters[row.megatron].grad
-            if gradient is not None:
-                gradients |= zip(row.names(range(shape.num_experts)), row.transform.to_hf(gradient, shape))
-    mtp_total, mtp_count = model.take_mtp_loss().tolist()
-    return (total / mask.sum()).item(), mtp_total / max(mtp_count, 1), gradients
-
-
-def their_gradients(model: torch.nn.Module) -> dict:
-    """Gradients under the names of the files: transformers stacks the experts in memory."""
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        prefix = name.rpartition(".")[0]
-        if name.endswith("experts.gate_up_proj"):
-            for expert, both in enumerate(parameter.grad):
-                gate, up = both.chunk(2)
-                gradients |= {f"{prefix}.{expert}.gate_proj.weight": gate, f"{prefix}.{expert}.up_proj.weight": up}
-        elif name.endswith("experts.down_proj"):
-            gradients |= {f"{prefix}.{expert}.down_proj.weight": down for expert, down in enumerate(parameter.grad)}
-        else:
-            gradients[name] = parameter.grad
-    return gradients
+def require_parity(pair: Pair, token_ids, what: str = "") -> None:
+    """Losses and gradients of transformers on ``token_ids``; and not those of a model with one other weight."""
+    batch = next_tokens(token_ids)
+    expected = their_outcome(pair.reference, batch)
+    require_same(our_outcome(pair.ours(), pair.shape, batch), expected, pair, what)
+    twin = pair.ours(**changes(pair)["one element of one expert"])
+    with pytest.raises(AssertionError, match=DIFFERS):
+        require_same(our_outcome(twin, pair.shape, batch), expected, pair, what)
 
 
 def test_loss_and_gradients_are_those_of_transformers(pair):
-    shape, weights, folder = pair
-    token_ids = random_tokens(shape)
-    reference = Glm4MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    out = F.cross_entropy(reference(input_ids=token_ids).logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none")
-    out.sum().backward()
-    loss, _, gradients = our_gradients(shape, weights, token_ids, mtp_weight=0.0)
-    assert abs(loss - out.mean().item()) < 1e-5
-    require_same_gradients(gradients, their_gradients(reference))
-    name = f"model.layers.3.mlp.experts.{busy_expert(weights)}.up_proj.weight"
-    twin = weights | {name: weights[name].clone()}
-    twin[name][0, 0] += 1e-2
-    with pytest.raises(AssertionError):
-        require_same_gradients(our_gradients(shape, twin, token_ids, mtp_weight=0.0)[2], their_gradients(reference))
+    require_parity(pair, pair.token_ids)
 
 
-class HandWrittenMTP:
-    """The MTP loss as the report describes it, from transformers' parts: layer N of a model of N + 1 layers is the MTP block."""
-
-    def __init__(self, shape, weights, folder):
-        config = transformers_config(shape, num_hidden_layers=shape.num_layers + 1)
-        self.model = Glm4MoeForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="eager")
-        prefix = f"model.layers.{shape.num_layers}"
-        self.own = {
-            name: weights[f"{prefix}.{name}"].clone().requires_grad_()
-            for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
-        }
-        self.prefix, self.shape = prefix, shape
-
-    def losses(self, token_ids):
-        """(next-token losses, MTP losses), both summed."""
-        *trunk, block = self.model.model.layers
-        S, length = token_ids.shape[1], token_ids.shape[1] - 1
-        hidden = self.model.model.embed_tokens(token_ids)
-        for layer in trunk:
-            hidden = layer(hidden, **self._places(hidden, S))
-        hidden = self.model.model.norm(hidden)
-        main = F.cross_entropy(self.model.lm_head(hidden)[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="sum")
-
-        norm = lambda tensor, name: F.rms_norm(tensor, (self.shape.hidden_size,), self.own[name], self.shape.norm_epsilon)  # noqa: E731
-        embedded = norm(self.model.model.embed_tokens(token_ids[:, 1:]), "enorm.weight")
-        state = torch.cat([embedded, norm(hidden[:, :-1], "hnorm.weight")], dim=-1) @ self.own["eh_proj.weight"].T
-        state = norm(block(state, **self._places(state, length)), "shared_head.norm.weight")
-        ahead = self.model.lm_head(state)[:, :-1]
-        return main, F.cross_entropy(ahead.flatten(0, 1), token_ids[:, 2:].flatten(), reduction="sum")
-
-    def _places(self, hidden, length):
-        positions = torch.arange(length)[None]
-        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        return {"position_embeddings": self.model.model.rotary_emb(hidden, positions), "attention_mask": mask}
-
-    def gradients(self) -> dict:
-        return their_gradients(self.model) | {f"{self.prefix}.{name}": tensor.grad for name, tensor in self.own.items()}
+@pytest.mark.full
+@pytest.mark.parametrize("name", grid())
+def test_loss_and_gradients_are_those_of_transformers_in_every_combination(name, tmp_path):
+    pair = Pair.write(name, grid()[name], tmp_path)
+    with torch.no_grad():
+        require(logits={name: difference(logits(pair.ours(), pair.token_ids), pair.reference_logits)})
+    require_parity(pair, pair.token_ids)
 
 
-def test_mtp_loss_and_gradients_are_those_of_the_formula(pair):
-    shape, weights, folder = pair
-    token_ids = random_tokens(shape)
-    written = HandWrittenMTP(shape, weights, folder)
-    main, ahead = written.losses(token_ids)
-    (main + MTP_WEIGHT * ahead).backward()
-    _, mtp, gradients = our_gradients(shape, weights, token_ids, mtp_weight=MTP_WEIGHT)
-    assert abs(mtp - ahead.item() / token_ids[:, 2:].numel()) < 1e-5
-    require_same_gradients(gradients, written.gradients())
+def test_one_row_of_2048_tokens_gives_the_same(variant, tmp_path):
+    pair = Pair.write(variant, tiny_shape(**VARIANTS[variant], max_position=2048), tmp_path)
+    require_parity(pair, random_tokens(pair.shape, batch=1, length=2048, seed=2), "2048 tokens")
 
 
-@torch.no_grad()
-def test_mtp_loss_is_that_of_transformers_own_mtp(pair):
-    shape, weights, folder = pair
-    token_ids = random_tokens(shape, batch=1)
-    expected = Reference(folder).mtp_losses(token_ids).mean().item()
-    assert abs(mtp_loss(megatron_model(shape, weights), token_ids) - expected) < 1e-5
-    prefix = f"model.layers.{shape.num_layers}"
-    for name in (f"{prefix}.mlp.gate.e_score_correction_bias", f"{prefix}.shared_head.norm.weight", f"{prefix}.hnorm.weight"):
-        twin = weights | {name: weights[name].clone()}
-        twin[name][0] += 0.5
-        assert abs(mtp_loss(megatron_model(shape, twin), token_ids) - expected) > 1e-5, name
-    halves = weights[f"{prefix}.eh_proj.weight"].chunk(2, dim=1)
-    swapped = weights | {f"{prefix}.eh_proj.weight": torch.cat(halves[::-1], dim=1)}
-    assert abs(mtp_loss(megatron_model(shape, swapped), token_ids) - expected) > 1e-3
+@pytest.mark.parametrize("batch", [1, 5])
+def test_rows_of_one_token_give_the_same(variant, batch, tmp_path):
+    pair = Pair.write(variant, tiny_shape(**VARIANTS[variant]), tmp_path)
+    token_ids = random_tokens(pair.shape, batch, length=1)
+    rows = token_ids, token_ids.flip(0) + 1, torch.ones(token_ids.shape)
+    expected = their_outcome(pair.reference, rows)
+    ours = our_outcome(pair.ours(), pair.shape, rows)
+    # the softmax of one score is 1 whatever the score
+    require_same(ours, expected, pair, f"{batch} rows of one token", rounding_only=("q_proj", "k_proj", "q_norm", "k_norm"))
+    with pytest.raises(AssertionError, match=DIFFERS):
+        twin = pair.ours(**pair.changed("model.layers.3.self_attn.v_proj.bias", 1e-2, 0))
+        require_same(our_outcome(twin, pair.shape, rows), expected, pair)
+
+
+def test_experts_without_a_token_have_no_gradient_on_either_side(variant, tmp_path):
+    shape = tiny_shape(**VARIANTS[variant])
+    idle = {1, 4, 7}
+    bias = torch.zeros(shape.num_experts)
+    bias[list(idle)] = -10.0  # below any sigmoid
+    names = [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in range(1, shape.num_layers + 1)]
+    pair = Pair.write(variant, shape, tmp_path, **{name: bias.clone() for name in names})
+    rows = next_tokens(random_tokens(shape, batch=8))  # enough for every other expert
+    expected = their_outcome(pair.reference, rows, mtp_weight=0.3)
+    ours = our_outcome(pair.ours(), shape, rows, mtp_weight=0.3)
+    require_same(ours, expected, pair, "idle experts")
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert ours.unused == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+        for layer in range(1, shape.num_layers + 1) for expert in idle for part in parts
+    }
+    for name in (names[0], names[-1]):  # the twin: in one layer, of the trunk or the MTP layer, they get tokens
+        twin = pair.ours(**{name: torch.zeros(shape.num_experts)})
+        with pytest.raises(AssertionError, match="0 on one side"):
+            require_same(our_outcome(twin, shape, rows, mtp_weight=0.3), expected, pair)
+
+
+def test_a_pack_of_documents_gives_what_each_gives_alone(variant, tmp_path):
+    """Main and MTP losses; documents of one and two tokens have no MTP target."""
+    pair = Pair.write(variant, tiny_shape(**VARIANTS[variant]), tmp_path)
+    lengths = [20, 1, 7, 2, 37, 1, 63]
+    documents = random_tokens(pair.shape, 1, sum(lengths), seed=3).split(lengths, dim=1)
+    alone = [next_tokens(document) for document in documents]
+    expected = their_outcome(pair.reference, *alone, mtp_weight=0.3)
+
+    def packed(model, lengths):
+        columns = ([row[0] for row in column] for column in zip(*alone))
+        return our_outcome(model, pair.shape, packed_batch(*columns, lengths, torch.device("cpu")), mtp_weight=0.3)
+
+    require_same(packed(pair.ours(), lengths), expected, pair, "packed")
+    for what, twin, bounds in (
+        ("a boundary is one token off", pair.ours(), [21, 1, 6, 2, 37, 1, 63]),
+        ("one weight", pair.ours(**pair.changed("model.layers.0.self_attn.v_proj.weight", 1e-2, 0, 0)), lengths),
+    ):
+        with pytest.raises(AssertionError, match=DIFFERS):
+            require_same(packed(twin, bounds), expected, pair)
+            pytest.fail(f"{what}: within the tolerance")
