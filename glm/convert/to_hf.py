@@ -12,12 +12,12 @@ from glm.checkpoint import manifest, torch_dist
 from glm.checkpoint.run_folder import write_json
 from glm.checkpoint.torch_dist import Item
 from glm.convert.draft import Draft, fingerprint
+from glm.convert.origins import origins
 from glm.convert.pieces import Part, Piece, write
 from glm.convert.source import find_source
 from glm.convert.stored_rows import StoredRows
 from glm.convert.streams import Bytes, Cast, Computed, Stream, is_exact, read
 from glm.errors import CheckpointError
-from glm.weights.arrangement import Run, arrangement
 from glm.weights.companions import restore_companions
 from glm.weights.digest import digest_start, type_name
 from glm.weights.fp8 import FP8, fp8_plan, quantise, scale_name, scale_shape
@@ -25,12 +25,8 @@ from glm.weights.hf_folder import (
     DTYPES, MANIFEST, Written, file_names, manifest_entry, publish, require_replaceable, usual_dtype, write_configuration, write_index,
 )
 from glm.weights.hf_shapes import hf_shapes
-from glm.weights.name_map import check_names, copies, hf_names, rows
+from glm.weights.name_map import copies, hf_names
 from glm.weights.places import safetensors_header
-
-_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""A model on ranks that do not divide the vocabulary may store more rows than it has tokens."""
-
 
 def to_hf(
     source: Path, out: Path, *, stage: str | None = None, tokenizer: Path | None = None, with_copies: bool | None = None,
@@ -99,15 +95,6 @@ class _Output:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """The rows of the checkpoint that are a tensor of the folder, in its order."""
-
-    key: str
-    expert: int | None
-    runs: tuple[Run, ...]
-
-
 class _Export:
     """What is written where, and which bytes of the checkpoint go there."""
 
@@ -121,7 +108,7 @@ class _Export:
         self.fp8 = fp8_plan(self.shape) if fp8 else None
         self.stored = torch_dist.tensors(checkpoint)
         self.rows = StoredRows(checkpoint, self.stored)
-        self.origins = self._origins()
+        self.origins = origins(checkpoint, self.shape, self.params, self.stored)
         form = self.manifest.get("hf", {"copies": False, "dtypes": {}})
         self.copies = copies(self.shape) if (form["copies"] if with_copies is None else with_copies) else {}
         self._dtypes = form["dtypes"] if "hf" in self.manifest else self._routers()
@@ -165,9 +152,7 @@ class _Export:
     def _source(self, name: str) -> tuple[tuple[Stream, ...], list[Item]]:
         """The tensor's bytes in the type it is written in (in the model's if it will be quantised), and the chunks they come from."""
         origin = self.origins[self.copies.get(name, name)]
-        found = [
-            pair for run in origin.runs for pair in self.rows.streams(origin.key, origin.expert, run.row, run.count)
-        ]
+        found = list(origin.streams(self.rows))
         stored, wanted = self.stored[origin.key].dtype, self._dtype(name)
         streams = tuple(stream for stream, _ in found)
         if stored is not wanted:
@@ -196,32 +181,11 @@ class _Export:
         told = self._dtypes.get(self.copies.get(name, name))
         return usual_dtype(name, self.params) if told is None else getattr(torch, told)
 
-    def _origins(self) -> dict[str, _Origin]:
-        """{tensor of the folder: its rows}. Raises CheckpointError for a tensor that is missing, unknown or of another shape."""
-        table = rows(self.shape)
-        held = [key for key in self.stored if not key.startswith("optimizer.") and not key.endswith("_extra_state")]
-        check_names(held, [row.megatron for row in table], where=str(self.checkpoint))
-        origins = {}
-        for row in table:
-            arranged, found = arrangement(row, self.shape, self.sizes), self.stored[row.megatron]
-            least = (min(found.shape[0], arranged.shape[0]), *found.shape[1:]) if row.megatron in _PADDED else found.shape
-            if least != arranged.shape or found.dtype not in (DTYPES[self.params], torch.float32):
-                raise CheckpointError(
-                    f"{self.checkpoint}: {row.megatron}", f"{type_name(found.dtype)} {list(found.shape)}",
-                    f"{self.params} {list(arranged.shape)}", "use the checkpoint with the manifest that was written with it",
-                )
-            for expert in [None] if arranged.experts is None else range(arranged.experts):
-                for part, name in enumerate(row.names([expert])):
-                    own = sorted((run for run in arranged.runs if run.part == part), key=lambda run: run.part_row)
-                    origins[name] = _Origin(row.megatron, expert, tuple(own))
-        return origins
-
     def _routers(self) -> dict[str, str]:
         """Routers are trained in float32. All are written in the model's type if that holds every value of them, else none."""
         names = [name for name, origin in self.origins.items() if origin.key.endswith(".router.weight")]
         for name in names:
-            origin = self.origins[name]
-            streams = [stream for run in origin.runs for stream, _ in self.rows.streams(origin.key, None, run.row, run.count)]
+            streams = [stream for stream, _ in self.origins[name].streams(self.rows)]
             if not is_exact(read(streams, torch.float32, self.sizes[name]), DTYPES[self.params]):
                 return dict.fromkeys(names, type_name(torch.float32))
         return {}
