@@ -9,14 +9,11 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 
 from glm.errors import NumericsError
 from glm.optim.grad_norm import squared_norm
-from glm.optim.muon import HeadShape, muon_flops, muon_updates
+from glm.optim.muon import BUCKET_ELEMENTS, HeadShape, muon_flops, muon_updates
 from glm.optim.ownership import Cost, owners
 from glm.optim.param_groups import param_groups, table, whole_model_sizes
 from glm.optim.placement import placement
 from glm.recipe.sections import Model, Muon
-
-BUCKET_ELEMENTS = 1 << 26
-"""Largest batch that is orthogonalised or sent at once, 256 MB in fp32, unless one parameter is larger."""
 
 
 class TrainOptimizer:

@@ -8,6 +8,10 @@ import torch
 from glm.optim.newton_schulz import Cut, newton_schulz, newton_schulz_flops, newton_schulz_shards
 
 
+BUCKET_ELEMENTS = 1 << 26
+"""How much is orthogonalised or sent at once, 256 MB in fp32, unless one matrix is larger."""
+
+
 @dataclass(frozen=True)
 class HeadShape:
     """How a fused qkv matrix is interleaved: per group, ``queries`` rows of q, then ``head_dim`` of k and of v."""
@@ -44,6 +48,7 @@ def muon_updates(
 
     Scaled by update_rms * sqrt(max(m, n)) of the whole m x n matrix, so that an orthogonal update has root mean square
     ``update_rms`` (report 2.4; Moonlight, arXiv 2502.16982). Matrices of one shape are orthogonalised in one batch.
+    Needs three times the memory of the parameters, and at most four times BUCKET_ELEMENTS.
     ``cuts`` says which parameters are tensor-parallel shards; then this is collective, with the same names in the same order.
     """
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
@@ -58,10 +63,12 @@ def muon_updates(
     for indices in _alike(pieces, piece_cuts):
         cut = piece_cuts[indices[0]]
         batch = torch.cat([pieces[index].reshape(-1, *pieces[index].shape[-2:]) for index in indices])
-        results = newton_schulz_shards(batch, cut, steps) if cut else newton_schulz(batch, steps)
-        results.mul_(update_rms * max(whole_shape(batch, cut)) ** 0.5)
+        together = max(BUCKET_ELEMENTS // batch[0].numel(), cut.group.size() if cut else 1)
+        for part in batch.split(together):
+            part.copy_(newton_schulz_shards(part, cut, steps) if cut else newton_schulz(part, steps))
+        batch.mul_(update_rms * max(whole_shape(batch, cut)) ** 0.5)
         counts = [pieces[index].shape[:-2].numel() for index in indices]
-        for index, result in zip(indices, results.split(counts)):
+        for index, result in zip(indices, batch.split(counts)):
             done[index] = result.reshape(pieces[index].shape)
     return [join(done[first:first + count]) for first, count, join in joins]
 

@@ -94,3 +94,16 @@ def test_the_norm_of_a_large_gradient_is_exact():
     tensors = [torch.randn(1000, 2000, generator=torch.Generator().manual_seed(5)), torch.ones(3)]
     expected = sum(tensor.double().square().sum() for tensor in tensors)
     assert abs(squared_norm(tensors, torch.device("cpu")) / expected - 1).item() < 1e-12
+
+
+def test_the_size_of_a_bucket_changes_nothing(monkeypatch):
+    gradient = torch.randn(5, 40, 24, generator=torch.Generator().manual_seed(6))
+    name = "decoder.layers.1.mlp.experts.weight1"
+    batches, orthogonalise = [], newton_schulz
+    monkeypatch.setattr("glm.optim.muon.newton_schulz", lambda part, steps: batches.append(len(part)) or orthogonalise(part, steps))
+    updates = []
+    for elements in (1 << 26, 3 * 20 * 24, 1):
+        monkeypatch.setattr("glm.optim.muon.BUCKET_ELEMENTS", elements)
+        updates += muon_updates([name], [gradient], [torch.zeros_like(gradient)], [None], **SETTINGS)
+    assert batches == [10] + [3, 3, 3, 1] + [1] * 10
+    assert torch.equal(updates[0], updates[1]) and torch.equal(updates[0], updates[2])

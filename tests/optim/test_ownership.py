@@ -1,6 +1,6 @@
 """Who keeps the optimizer state of what."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm.optim.ownership import Cost, owners
@@ -13,6 +13,7 @@ def loads(costs: list[Cost], ranks: int, key: str) -> list[int]:
     return [sum(getattr(cost, key) for cost, own in zip(costs, owner) if own == rank) for rank in range(ranks)]
 
 
+@settings(deadline=None)
 @given(COSTS, st.integers(1, 9))
 def test_every_parameter_has_one_owner_and_no_rank_is_ahead_by_more_than_its_last_matrix(costs, ranks):
     owner = owners(costs, ranks)
