@@ -12,6 +12,7 @@ platform.activate("host")
 import torch.distributed as dist  # noqa: E402
 
 from glm.checkpoint import store  # noqa: E402
+from glm.errors import NumericsError  # noqa: E402
 from glm.model.size import parameters  # noqa: E402
 from glm.optim.newton_schulz import newton_schulz  # noqa: E402
 from glm.runtime import Runtime  # noqa: E402
@@ -89,7 +90,7 @@ def test_two_ranks_update_like_one(two, alone, layout):
     check(two, layout, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("layout", FOUR, ids=str)
 def test_four_ranks_update_like_one(four, alone, layout):
     check(four, layout, alone)
@@ -106,6 +107,28 @@ def test_shards_orthogonalised_alone_would_be_noticed(two, alone):
     for _, difference in two(layout, without_exchange, layout, alone["fp32"]):
         assert difference["decoder.layers.0.self_attention.linear_proj.weight"] > 0.05
         assert difference["decoder.layers.1.mlp.experts.weight1"] < 1e-6, "not cut under tp alone"
+
+
+def stopped(layout: dict, broken: str) -> tuple[str, bool]:
+    """The error of a step in which ``broken`` has a NaN in its gradient, and whether the weights are as before."""
+    case = Case(layout)
+    case.train(range(1))
+    before = case.weights
+    for name, parameter in case.named:
+        if name == broken:
+            parameter.main_grad.view(-1)[-1] = float("nan")
+    with pytest.raises(NumericsError) as error:
+        case.optimizer.step(1e-2)
+    return str(error.value), all(torch.equal(before[name], weight) for name, weight in case.weights.items())
+
+
+@pytest.mark.parametrize("layout, broken", [
+    ({"pp": 2}, "output_layer.weight"), ({"ep": 2}, "decoder.layers.2.mlp.experts.weight2"), ({"tp": 2}, "decoder.final_layernorm.weight"),
+], ids=str)
+def test_a_gradient_that_is_not_a_number_stops_all_ranks_before_anything_moves(two, layout, broken):
+    for message, unchanged in two(layout, stopped, layout, broken):
+        assert "gradient of this step" in message and "nan" in message
+        assert unchanged
 
 
 @pytest.mark.parametrize("params", PARAMS)
@@ -170,7 +193,7 @@ def test_state_goes_through_a_checkpoint_into_another_layout(two, uninterrupted,
         assert two(other, mismatches, other, tmp_path, "fp32", uninterrupted["fp32"]) == [[], []]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"etp": 2, "ep": 1}, {"tp": 2, "ep": 2}], ids=str)
 def test_shards_with_copies_save_the_state_of_each_owner(four, uninterrupted, tmp_path, layout):
     four(layout, save, layout, tmp_path, "fp32")
