@@ -5,18 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from glm.checkpoint import store
-from glm.convert.reference import Reference
+from glm.checkpoint import manifest
+from glm.convert.differences import Compared, compare
 from glm.convert.source import find_source
 from glm.errors import CheckpointError
 from glm.platform import active
-from glm.weights import one_rank
-from glm.weights.digest import tensor_digest
-from glm.weights.gather import hf_tensors
 from glm.weights.hf_reader import HFFolder
-from glm.weights.name_map import hf_names
 
 
 @dataclass(frozen=True)
@@ -24,38 +19,45 @@ class Verification:
     """What was compared, and how far apart the two programs are (largest absolute difference, float32)."""
 
     tensors: int
-    max_logit_difference: float
-    max_logit: float
-    mtp_loss_difference: float | None
+    bytes: int
+    """Of the folder's tensors."""
+    quantised: int
+    """Tensors in FP8 that are exactly this suite's rounding of the checkpoint's; the others have the same values."""
+    digests: bool
+    """Whether both sides were also compared with the digests in their manifests."""
+    max_logit_difference: float | None = None
+    """None where logits were not compared."""
+    max_logit: float | None = None
+    mtp_loss_difference: float | None = None
     """Of the mean loss of the MTP layer; None without one."""
 
 
 def verify(
     source: Path, hf_folder: Path, *, stage: str | None = None, platform: str = "host", num_tokens: int = 64,
-    tolerance: float = 1e-4, seed: int = 0,
+    tolerance: float = 1e-4, seed: int = 0, logits: bool = True, workers: int = 2,
 ) -> Verification:
-    """Compares the checkpoint that ``source`` means with ``hf_folder``.
+    """Compares the checkpoint that ``source`` means with ``hf_folder``: first the bytes of both with their manifests, then
+    every tensor (see differences.compare), then logits on ``num_tokens`` random tokens and the MTP layer's loss on them,
+    which must agree within ``tolerance``.
 
-    Tensors must be equal in every byte after rounding to the folder's type; logits on ``num_tokens`` random tokens and the
-    MTP layer's loss on them must agree within ``tolerance``. Raises CheckpointError naming the worst tensors otherwise.
+    The first two take little memory; logits take both models in float32, in this process, and are left out without
+    ``logits`` and for a folder whose weights were rounded to FP8. Raises CheckpointError naming the file, or the worst
+    tensors.
     """
     checkpoint = find_source(source, stage).checkpoint
-    info, shape = store.read_info(checkpoint)
-    with HFFolder(hf_folder) as folder:
-        _require_same_shape(folder, shape.model_dump() | {"rotary_base": info.rotary_base})
-        folder.check_copies()
-        one_rank.start(shape, platform=platform, seed=seed)
-        params = store.stored_params(checkpoint)
-        model = one_rank.build(shape, params=params, rotary_base=info.rotary_base, megatron=info.megatron)
-        store.load(checkpoint, [model])
-        differences = _differences(model, shape, folder)
-    if params != "fp32":
-        exact = one_rank.build(shape, params="fp32", rotary_base=info.rotary_base, megatron=info.megatron)
-        exact.load_state_dict(model.state_dict(), strict=False)
-        model = exact
-    outcome = _compare_programs(model, Reference(hf_folder), shape.vocab_size, num_tokens, seed)
-    result = Verification(len(hf_names(shape)), *outcome)
-    _require_agreement(result, differences, checkpoint, Path(hf_folder), tolerance)
+    info, shape = manifest.read_info(checkpoint)
+    folder = HFFolder(hf_folder)
+    _require_same_shape(folder, shape.model_dump() | {"rotary_base": info.rotary_base})
+    proved = manifest.verify(checkpoint)
+    folder.check_copies()
+    compared = compare(checkpoint, folder, workers=workers)
+    _require_equal(compared, checkpoint, Path(hf_folder))
+    digests = proved and all(folder.expected_digest(name) for name in folder.names)
+    told = (compared.tensors, compared.bytes, compared.quantised, digests)
+    if not logits or folder.is_quantised:
+        return Verification(*told)
+    result = Verification(*told, *_programs(checkpoint, hf_folder, platform, num_tokens, seed))
+    _require_agreement(result, checkpoint, Path(hf_folder), tolerance)
     return result
 
 
@@ -69,22 +71,32 @@ def _require_same_shape(folder: HFFolder, expected: dict) -> None:
         )
 
 
-def _differences(model, shape, folder: HFFolder) -> dict[str, float]:
-    """{name: largest absolute difference} of the tensors that are not equal."""
-    found = {}
-    for name, tensor in tqdm(hf_tensors([model], shape), total=len(hf_names(shape)), desc="compare", unit="tensor", disable=None):
-        other = folder.get(name)
-        is_bias = name.endswith("e_score_correction_bias")
-        own = tensor.cpu() if is_bias else tensor.cpu().to(other.dtype)
-        if own.shape != other.shape:
-            found[name] = float("inf")
-        elif tensor_digest(own) != tensor_digest(other):
-            found[name] = (own.float() - other.float()).abs().max().item()
-    return found
+def _require_equal(compared: Compared, checkpoint: Path, folder: Path) -> None:
+    if compared.differing:
+        worst = sorted(compared.differing, key=compared.differing.__getitem__, reverse=True)[:5]
+        raise CheckpointError(
+            f"{checkpoint} and {folder}",
+            f"{len(compared.differing)} of {compared.tensors} tensors differ, most: "
+            + ", ".join(f"{name} by {compared.differing[name]:.3g}" for name in worst),
+            "equal tensors", "export again, and keep the folder unchanged",
+        )
+
+
+def _programs(checkpoint: Path, hf_folder: Path, platform: str, num_tokens: int, seed: int):
+    """(largest logit difference, largest logit, difference of the mean MTP loss) of megatron and transformers, in float32."""
+    from glm.checkpoint import store  # megatron comes with it, which the comparison of tensors does without
+    from glm.convert.reference import Reference
+    from glm.weights import one_rank
+
+    info, shape = manifest.read_info(checkpoint)
+    one_rank.start(shape, platform=platform, seed=seed)
+    model = one_rank.build(shape, params="fp32", rotary_base=info.rotary_base, megatron=info.megatron)
+    store.load(checkpoint, [model])  # also of a bfloat16 checkpoint: its values are float32 values, its routers' are no others
+    return _compare_programs(model, Reference(hf_folder), shape.vocab_size, num_tokens, seed)
 
 
 @torch.no_grad()
-def _compare_programs(model, reference: Reference, vocab_size: int, num_tokens: int, seed: int):
+def _compare_programs(model, reference, vocab_size: int, num_tokens: int, seed: int):
     """(largest logit difference, largest logit, difference of the mean MTP loss)."""
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.randint(vocab_size, (1, num_tokens), generator=generator)
@@ -121,23 +133,10 @@ def _inputs(token_ids_BS: Tensor) -> dict:
     return {"input_ids": token_ids_BS.to(device), "position_ids": positions, "attention_mask": None}
 
 
-def _require_agreement(
-    result: Verification, differences: dict[str, float], checkpoint: Path, folder: Path, tolerance: float,
-) -> None:
-    told = f"logits differ by {result.max_logit_difference:.2e}" + (
-        "" if result.mtp_loss_difference is None else f", the MTP loss by {result.mtp_loss_difference:.2e}"
-    )
-    if differences:
-        worst = sorted(differences, key=differences.__getitem__, reverse=True)[:5]
+def _require_agreement(result: Verification, checkpoint: Path, folder: Path, tolerance: float) -> None:
+    if not all(found <= tolerance for found in (result.max_logit_difference, result.mtp_loss_difference or 0.0)):  # also of nan
+        mtp = "" if result.mtp_loss_difference is None else f", the MTP loss by {result.mtp_loss_difference:.2e}"
         raise CheckpointError(
-            f"{checkpoint} and {folder}",
-            f"{len(differences)} of {result.tensors} tensors differ, most: "
-            + ", ".join(f"{name} by {differences[name]:.3g}" for name in worst) + f"; {told}",
-            "equal tensors", "export again, and keep the folder unchanged",
-        )
-    largest = max(result.max_logit_difference, result.mtp_loss_difference or 0.0)
-    if not largest <= tolerance:
-        raise CheckpointError(
-            f"{checkpoint} and {folder}", f"equal tensors, but {told}", f"at most {tolerance:g}",
-            "the two programs compute different networks from them: run the tests in tests/parity",
+            f"{checkpoint} and {folder}", f"equal tensors, but logits differ by {result.max_logit_difference:.2e}{mtp}",
+            f"at most {tolerance:g}", "the two programs compute different networks from them: run the tests in tests/parity",
         )

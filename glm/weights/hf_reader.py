@@ -64,6 +64,10 @@ class HFFolder:
         """All tensors, copies included."""
         return list(self._places)
 
+    @property
+    def is_quantised(self) -> bool:
+        return bool(self._scales)
+
     def place(self, name: str) -> Place:
         """Where the tensor's bytes lie: contiguous and row-major, also of one expert's matrix in a stacked tensor.
 

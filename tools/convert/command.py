@@ -21,9 +21,13 @@ def add_platform(made: argparse.ArgumentParser) -> None:
     made.add_argument("--platform", choices=PLATFORMS, default="host", help="device to work on (default: host, the CPU)")
 
 
+def add_workers(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--workers", type=int, default=2, help="threads that read, digest and write (default: 2)")
+
+
 def add_copying(made: argparse.ArgumentParser) -> None:
     """What the two that copy byte ranges share."""
-    made.add_argument("--workers", type=int, default=2, help="threads that read, digest and write (default: 2)")
+    add_workers(made)
     made.add_argument("--no-digests", action="store_true",
                       help="faster: neither prove what is read nor digest what is written; the manifest says so")
 
