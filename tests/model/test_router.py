@@ -50,7 +50,8 @@ def reference(hidden_TH, weight_EH, bias_E, chosen: int = CHOSEN, scale: float =
     last, first_out = order[:, chosen - 1, None], order[:, chosen, None]
     gap, blur = (np.take_along_axis(a, last, 1) - sign * np.take_along_axis(a, first_out, 1)
                  for a, sign in ((ranked, 1), (error, -1)))
-    return torch.from_numpy(kept / kept.sum(1, keepdims=True) * scale), torch.from_numpy(choice), torch.from_numpy((gap > blur)[:, 0])
+    weights = kept / kept.sum(1, keepdims=True) * scale
+    return torch.from_numpy(weights), torch.from_numpy(choice), torch.from_numpy((gap > blur)[:, 0])
 
 
 def draw(seed: int, tokens: int = 512, offset: float = 0.0, spread: float = 0.05, size: float = 1.0):
@@ -112,7 +113,9 @@ def test_an_expert_a_few_ulp_ahead_gets_the_last_place(router, offset, steps):
         assert choice[decided, first].all()
 
 
-@pytest.mark.parametrize("case", ["equal logits", "scores of exactly 1", "scores of exactly 0", "a bias that swallows every score"])
+@pytest.mark.parametrize(
+    "case", ["equal logits", "scores of exactly 1", "scores of exactly 0", "a bias that swallows every score"],
+)
 def test_ties_fall_the_same_way_in_every_batch(router, case):
     """Whatever torch.topk picks among equal numbers, it picks row by row: the same token alone, in another place or beside
     others gets the same experts. Which they are is torch's affair: on a CPU not the lowest numbers."""

@@ -31,7 +31,7 @@ TOLERANCES = {
     "gradient of a key bias": 3e-5,
     "router": 1e-6,
 }
-"""logits: largest difference over the largest logit. loss: difference of the sums over their size; errors of tokens cancel.
+"""logits: largest difference over the largest logit, also of hidden states. loss: difference of the sums over their size; errors of tokens cancel.
 gradient: norm of the difference over the norm, of each tensor; of a key bias it is the remainder of terms that cancel (adding
 one vector to every unrotated key changes no softmax), so it carries their rounding errors but not their size. router: largest difference over the weight."""
 

@@ -40,6 +40,7 @@ def grid() -> dict[str, Model]:
     """Every variant with every number of key/value heads, of dense layers and of experts a token."""
     return {
         f"{variant}, {heads} key/value heads, {dense} dense, {chosen} of 7 experts":
-            tiny_shape(**VARIANTS[variant], **HEADS[heads], num_dense_layers=dense, num_experts=7, experts_per_token=chosen, vocab_size=313)
+            tiny_shape(**VARIANTS[variant], **HEADS[heads], num_dense_layers=dense, num_experts=7, experts_per_token=chosen,
+                       vocab_size=313)
         for variant, heads, dense, chosen in product(VARIANTS, HEADS, (0, 1, 2, 3), (1, 2, 4, 6, 7))
     }

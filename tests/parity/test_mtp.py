@@ -82,7 +82,9 @@ class HandWritten:
     def __init__(self, pair: Pair):
         config = transformers_config(pair.shape, num_hidden_layers=pair.shape.num_layers + 1)
         self.shape: Model = pair.shape
-        self.model = Glm4MoeForCausalLM.from_pretrained(pair.folder, config=config, dtype=torch.float32, attn_implementation="eager")
+        self.model = Glm4MoeForCausalLM.from_pretrained(
+            pair.folder, config=config, dtype=torch.float32, attn_implementation="eager",
+        )
         self.prefix = f"model.layers.{pair.shape.num_layers}"
         self.own = {
             name: pair.weights[f"{self.prefix}.{name}"].clone().requires_grad_()
