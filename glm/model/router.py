@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 
@@ -48,15 +49,14 @@ class SigmoidRouter(TopKRouter):
         self, activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp=False,
         valid_token_count=None,
     ):
-        """Counts the tokens of all rows and of the whole reduce group.
+        """``activation`` unchanged; its backward also carries the balance loss, for the tokens of all rows and of the whole
+        reduce group.
 
         Upstream multiplies by this rank's tokens (router.py:466), so the coefficient shrinks by TP x CP, and for the loss of a
-        sequence by the tokens of one row only (moe_utils.py:231), so it shrinks by the rows of a micro-batch as well.
+        sequence by the tokens of one row only (moe_utils.py:231), so it shrinks by the rows of a micro-batch as well. It also
+        adds the value to a table of the process, sized by the first model and read by nobody here.
         """
-        return super().attach_and_log_load_balancing_loss(
-            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp,
-            activation.shape[0] * reduce_group.size(),
-        )
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * (activation.shape[0] * reduce_group.size()))
 
     def _apply_expert_bias(self, routing_map, padding_mask=None):
         """Upstream's ``routing_map & ~padding_mask`` (router.py:542) is [T, E] & [T]."""

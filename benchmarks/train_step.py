@@ -1,0 +1,198 @@
+"""One training step on this machine, side by side: our host path against transformers, same weights, same batch.
+
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py [--shapes 3m 29m tiny] [--repeats 12]
+
+Both sides run forward, backward, global-norm clip and optimizer in float32 on one thread, in turns (A B A B …); what counts
+is the smallest CPU time of each (user and system, so that other work on the machine does not). Ours is
+``glm.train.step.Trainer`` as a stage uses it: megatron's GPTModel, DistributedDataParallel with its fp32 gradient buffers,
+schedule, and deterministic algorithms. Theirs is ``Glm4MoeForCausalLM`` with ``experts_implementation="grouped_mm"``, sdpa,
+``cross_entropy``, ``zero_grad(set_to_none=True)`` and torch's defaults. Neither has an MTP layer or a balance loss here.
+
+Optimizers: ``adamw`` is torch's ``clip_grad_norm_`` and fused AdamW, the same object on both sides; ``muon`` is this suite's
+on both, over the same matrices. Loss and gradient norm of the first step must agree, or the benchmark stops.
+
+The second table is the cost of MTP: our step with the MTP layer over the step without, and that over the ratio of
+``glm.model.size.training_flops_per_token``. Balance loss and bias updates are on there, as in pretraining.
+"""
+
+import argparse
+import gc
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from glm.model.size import parameters, training_flops_per_token
+from glm.recipe.schema import TrainRecipe
+from glm.recipe.sections import Model
+from glm.weights import one_rank
+
+ROTARY_BASE, LR, CLIP = 10_000, 1e-5, 1.0
+_SMALL = dict(num_dense_layers=1, num_attention_heads=8, num_query_groups=2, head_dim=32, qk_norm=True, experts_per_token=4,
+              routed_scaling_factor=2.5, num_mtp_layers=0, max_position=2048)
+SHAPES = {
+    "3m": Model(num_layers=6, hidden_size=128, dense_ffn_size=512, expert_ffn_size=64, num_experts=16, vocab_size=2048, **_SMALL),
+    "29m": Model(num_layers=8, hidden_size=256, dense_ffn_size=1024, expert_ffn_size=128, num_experts=32, vocab_size=8192, **_SMALL),
+    "tiny": Model(  # configs/glm45/model/tiny.yaml
+        num_layers=4, num_dense_layers=1, hidden_size=128, dense_ffn_size=384, expert_ffn_size=96, num_attention_heads=4,
+        num_query_groups=2, head_dim=32, qk_norm=True, num_experts=8, experts_per_token=2, routed_scaling_factor=2.5,
+        num_mtp_layers=0, vocab_size=2048, max_position=2048,
+    ),
+}
+BATCHES = {"3m": (4, 128), "29m": (4, 128), "tiny": (16, 64)}
+"""Rows and length of the one micro-batch."""
+
+
+class ClippedAdamW:
+    """torch's global-norm clip and fused AdamW over all ``params``, with the gradients found by ``gradient(param)``."""
+
+    def __init__(self, params, gradient):
+        self.params, self.gradient = list(params), gradient
+        self.adamw = torch.optim.AdamW(self.params, lr=LR, weight_decay=0.1, fused=True)
+
+    def step(self, lr: float) -> float:
+        for param in self.params:
+            param.grad = self.gradient(param)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, CLIP)
+        self.adamw.step()
+        for param in self.params:
+            param.grad = None
+        return norm.item()
+
+
+class Ours:
+    """A Trainer on one rank."""
+
+    def __init__(self, shape: Model, optimizer: str, length: int, balanced: bool):
+        from glm.train.batch import plain_batch
+        from glm.train.step import Trainer, next_token_loss
+
+        recipe = TrainRecipe(
+            name="benchmark", stage="benchmark", main="pretrain.train", run_folder="unused", model=shape, platform="host",
+            sequence_length=length, rotary_base=ROTARY_BASE, batch={"tokens": length}, tokens=length,
+            schedule={"peak_lr": LR, "final_lr": LR}, precision={"params": "fp32"}, kernels={"attention": "sdpa"},
+            losses={"sequence_balance_weight": 1e-4 if balanced else 0.0},
+            data={"mixture": "unused", "sources": {"prose": {"corpus": "prose", "share": 1.0}}},
+        )
+        self.trainer, self.balanced = Trainer(recipe), balanced
+        if optimizer == "adamw":
+            self.trainer.optimizer = ClippedAdamW(self.trainer.model.parameters(), lambda param: param.main_grad)
+        self.plain_batch, self.loss = plain_batch, next_token_loss
+
+    def save(self, shape: Model, folder: Path) -> None:
+        """The weights as a folder that transformers reads."""
+        from glm.weights.gather import hf_tensors
+        from glm.weights.hf_config import config_json
+        from transformers import Glm4MoeConfig
+
+        folder.mkdir()
+        Glm4MoeConfig(**config_json(shape, rotary_base=ROTARY_BASE, params="fp32")).save_pretrained(folder)
+        save_file({name: tensor.clone() for name, tensor in hf_tensors(self.trainer.model, shape)}, folder / "model.safetensors")
+
+    def step(self, ids: torch.Tensor) -> tuple[float, float]:
+        """(mean loss, gradient norm) of ``ids`` [B, S + 1]."""
+        torch.use_deterministic_algorithms(True)
+        rows = list(ids[:, :-1]), list(ids[:, 1:]), [torch.ones(ids.shape[1] - 1)] * len(ids)
+        outcome = self.trainer.step(
+            [self.plain_batch(*rows, ids.device)], self.loss, lr=LR, mtp_weight=0.3, bias_update_rate=1e-3 if self.balanced else 0.0,
+        )
+        return outcome.metrics["loss"], outcome.grad_norm
+
+
+class Theirs:
+    """transformers, trained by a plain loop."""
+
+    def __init__(self, folder: Path, optimizer: str):
+        from transformers import Glm4MoeForCausalLM
+
+        self.model = Glm4MoeForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm",
+        ).train()
+        assert optimizer == "adamw"
+        self.optimizer = ClippedAdamW(self.model.parameters(), lambda param: param.grad)
+
+    def step(self, ids: torch.Tensor) -> tuple[float, float]:
+        torch.use_deterministic_algorithms(False)
+        logits = self.model(input_ids=ids[:, :-1].contiguous(), use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        return loss.item(), self.optimizer.step(LR)
+
+
+def smallest_seconds(steps: dict, ids: torch.Tensor, repeats: int) -> dict[str, float]:
+    """CPU-seconds of the fastest step of each, after two to warm up, taking turns."""
+    best = dict.fromkeys(steps, float("inf"))
+    for turn in range(repeats + 2):
+        for name, one in steps.items():
+            started = time.process_time()
+            one.step(ids)
+            if turn >= 2:
+                best[name] = min(best[name], time.process_time() - started)
+    return best
+
+
+def random_ids(shape: Model, batch: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(shape.vocab_size, (batch[0], batch[1] + 1), generator=torch.Generator().manual_seed(0))
+
+
+def require_same(ours: tuple[float, float], theirs: tuple[float, float]) -> None:
+    for what, mine, other in zip(("loss", "gradient norm"), ours, theirs):
+        if abs(mine - other) > 1e-5 * abs(other):
+            raise SystemExit(f"{what} of the first step differs: {mine} and {other}; not the same work")
+
+
+def compare(name: str, optimizer: str, repeats: int) -> str:
+    """One row of the first table."""
+    shape, batch = SHAPES[name], BATCHES[name]
+    ids = random_ids(shape, batch)
+    ours = Ours(shape, optimizer, batch[1], balanced=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        ours.save(shape, Path(scratch) / "model")
+        theirs = Theirs(Path(scratch) / "model", optimizer)
+    require_same(ours.step(ids), theirs.step(ids))
+    best = smallest_seconds({"ours": ours, "theirs": theirs}, ids, repeats)
+    tokens = batch[0] * batch[1]
+    return (f"| {name} ({parameters(shape).total / 1e6:.1f}M) | {batch[0]} x {batch[1]} | {optimizer} | {tokens / best['ours']:,.0f} "
+            f"| {tokens / best['theirs']:,.0f} | {best['theirs'] / best['ours']:.2f} |")
+
+
+def mtp_cost(name: str, repeats: int) -> str:
+    """One row of the second table."""
+    without, batch = SHAPES[name], BATCHES[name]
+    with_mtp = without.model_copy(update={"num_mtp_layers": 1})
+    best = smallest_seconds({
+        "with": Ours(with_mtp, "muon", batch[1], balanced=True), "without": Ours(without, "muon", batch[1], balanced=True),
+    }, random_ids(without, batch), repeats)
+    measured = best["with"] / best["without"]
+    predicted = training_flops_per_token(with_mtp, batch[1]) / training_flops_per_token(without, batch[1])
+    return f"| {name} | {batch[0]} x {batch[1]} | {measured:.3f} | {predicted:.3f} | {measured / predicted:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--optimizers", nargs="+", choices=("adamw", "muon"), default=["adamw"])
+    parser.add_argument("--repeats", type=int, default=12, help="steps that count, of each side")
+    given = parser.parse_args()
+    one_rank.start(SHAPES["tiny"], platform="host")
+    torch.set_num_threads(1)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, {packages}\n")
+    print("| shape | tokens | optimizer | ours, tokens/CPU-s | transformers | ratio |\n| --- | --- | --- | ---: | ---: | ---: |")
+    for name in given.shapes:
+        for optimizer in given.optimizers:
+            print(compare(name, optimizer, given.repeats), flush=True)
+            gc.collect()
+    print("\n| shape | tokens | step with MTP / without | FLOPs | measured / FLOPs |\n| --- | --- | ---: | ---: | ---: |")
+    for name in given.shapes:
+        print(mtp_cost(name, given.repeats), flush=True)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
