@@ -75,7 +75,7 @@ class Ours:
         recipe = TrainRecipe(
             name="benchmark", stage="benchmark", main="pretrain.train", run_folder="unused", model=shape, platform="host",
             sequence_length=length, rotary_base=ROTARY_BASE, batch={"tokens": length}, tokens=length,
-            schedule={"peak_lr": LR, "final_lr": LR}, precision={"params": "fp32"}, kernels={"attention": "sdpa"},
+            schedule={"peak_lr": LR, "final_lr": LR}, precision={"params": "fp32"}, kernels={"attention": "sdpa", "experts": "host"},
             losses={"sequence_balance_weight": 1e-4 if balanced else 0.0},
             data={"mixture": "unused", "sources": {"prose": {"corpus": "prose", "share": 1.0}}},
         )

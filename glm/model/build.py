@@ -4,6 +4,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
+from glm.model.dispatch import use_local_dispatch
 from glm.model.gpt import Glm45Model
 from glm.model.layers import decoder_spec, mtp_spec
 from glm.model.shards import mark_shards
@@ -28,7 +29,7 @@ def build_chunks(
 
 
 def _chunk(config: TransformerConfig, model: Model, rotary_base: int, vp_stage: int | None) -> Glm45Model:
-    return Glm45Model(
+    built = Glm45Model(
         config,
         decoder_spec(config, vp_stage),
         vocab_size=model.vocab_size,
@@ -41,3 +42,5 @@ def _chunk(config: TransformerConfig, model: Model, rotary_base: int, vp_stage: 
         mtp_block_spec=mtp_spec(config, vp_stage),
         vp_stage=vp_stage,
     )
+    use_local_dispatch(built)
+    return built

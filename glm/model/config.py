@@ -86,6 +86,7 @@ def transformer_config(
         use_cpu_initialization=True,
         # Fusions that need Apex or transformer-engine
         bias_activation_fusion=False,
+        use_te_activation_func=True,  # the activation is the spec's: glm.model.gated, or transformer-engine's
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,

@@ -10,6 +10,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 
+from glm.model.gated import swiglu_backward
+from glm.model.gradients import adds_in_place
+
 
 class StackedExperts(MegatronModule):
     """Gated experts: ``weight1`` [E, 2F, H] is [gate; up] of each expert, ``weight2`` [E, H, F] is down.
@@ -17,8 +20,9 @@ class StackedExperts(MegatronModule):
     Under expert tensor parallelism a rank's output is a partial sum, which the token dispatcher adds up. Stacked parameters let Muon orthogonalise all experts of a layer in one batch, and keep one gradient buffer a layer.
     """
 
-    grouped = True
-    """One grouped product; False loops over the experts (the reference the tests compare with)."""
+    in_place = False
+    """Weight gradients expert by expert into the gradient buffer: fewer bytes, but the host must know how many tokens each
+    expert has, and a GPU would wait for it. Set by the recipe's kernels.experts."""
 
     def __init__(self, num_local_experts, config, submodules=None, pg_collection=None):
         super().__init__(config=config)
@@ -40,10 +44,7 @@ class StackedExperts(MegatronModule):
 
     def forward(self, hidden_TH, tokens_per_expert, probs_T):
         """Returns ([T, H], None): the routing weight is applied between the two products, as upstream does."""
-        multiply = _grouped_product if self.grouped else _looped_product
-        gate_TF, up_TF = multiply(hidden_TH, self.weight1, tokens_per_expert).chunk(2, dim=-1)
-        inner_TF = F.silu(gate_TF) * up_TF * probs_T.unsqueeze(-1).to(gate_TF.dtype)
-        return multiply(inner_TF, self.weight2, tokens_per_expert), None
+        return _Experts.apply(hidden_TH, self.weight1, self.weight2, probs_T, tokens_per_expert, self.in_place), None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """One global tensor a weight, [experts, 2 x inner, H] and [experts, H, inner], cut along experts and inner width."""
@@ -71,11 +72,38 @@ class StackedExperts(MegatronModule):
         return {first.key: first, second.key: second}
 
 
-def _grouped_product(input_TI, weight_EOI, tokens_per_expert) -> torch.Tensor:
-    ends = tokens_per_expert.cumsum(0).to(device=input_TI.device, dtype=torch.int32)
-    return F.grouped_mm(input_TI, weight_EOI.transpose(1, 2), offs=ends)
+class _Experts(torch.autograd.Function):
+    """Both products and the activation between them; saves the tokens and the first product, recomputes the activation."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH, weight1, weight2, probs_T, tokens_per_expert, in_place):
+        ends = tokens_per_expert.cumsum(0).to(device=hidden_TH.device, dtype=torch.int32)
+        both_TF = F.grouped_mm(hidden_TH, weight1.transpose(1, 2), offs=ends)
+        gate_TF, up_TF = both_TF.chunk(2, dim=-1)
+        inner_TF = F.silu(gate_TF).mul_(up_TF).mul_(probs_T.unsqueeze(-1))
+        ctx.save_for_backward(hidden_TH, weight1, weight2, probs_T, both_TF, ends)
+        ctx.counts = tokens_per_expert.tolist() if in_place else None
+        return F.grouped_mm(inner_TF, weight2.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        hidden_TH, weight1, weight2, probs_T, both_TF, ends = ctx.saved_tensors
+        gate_TF, up_TF = both_TF.chunk(2, dim=-1)
+        activated_TF = F.silu(gate_TF)
+        inner_TF = activated_TF * up_TF
+        grad_inner_TF = F.grouped_mm(grad_TH, weight2, offs=ends)
+        grad_probs = (grad_inner_TF * inner_TF).sum(-1, dtype=probs_T.dtype)
+        inner_TF.mul_(probs_T.unsqueeze(-1))
+        grad_weight2 = _weight_gradient(weight2, grad_TH, inner_TF, ends, ctx.counts)
+        grad_both_TF = swiglu_backward(grad_inner_TF.mul_(probs_T.unsqueeze(-1)), both_TF, activated_TF)
+        grad_weight1 = _weight_gradient(weight1, grad_both_TF, hidden_TH, ends, ctx.counts)
+        return F.grouped_mm(grad_both_TF, weight1, offs=ends), grad_weight1, grad_weight2, grad_probs, None, None
 
 
-def _looped_product(input_TI, weight_EOI, tokens_per_expert) -> torch.Tensor:
-    parts = input_TI.split(tokens_per_expert.tolist())
-    return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weight_EOI.unbind(0))])
+def _weight_gradient(weight_EOI, grad_TO, input_TI, ends, counts: list[int] | None) -> torch.Tensor | None:
+    """[E, O, I], each expert's grad^T @ input; or None when it was added to ``main_grad``, expert by expert."""
+    if counts is None or not adds_in_place(weight_EOI, grad_TO):
+        return F.grouped_mm(grad_TO.t(), input_TI, offs=ends)
+    for total_OI, grad, one in zip(weight_EOI.main_grad.unbind(0), grad_TO.split(counts), input_TI.split(counts)):
+        total_OI.addmm_(grad.t(), one)
+    return None

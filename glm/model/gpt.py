@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from glm.model.documents import Documents, next_in_document
+from glm.model.head import token_losses
 
 
 class Glm45Model(GPTModel):
@@ -68,12 +69,17 @@ class Glm45Model(GPTModel):
             documents = packed_seq_params or _plain_rows(input_ids, labels, loss_mask)
             mtp_hidden = self._mtp_hidden(hidden_states, documents, attention_mask, rotary_pos_emb, packed_seq_params)
             hidden_states = self._with_mtp_loss(hidden_states, mtp_hidden, documents)
-        logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True if labels is None else None)
         if labels is None:
+            logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True)
             return logits_SBV.transpose(0, 1).contiguous()
-        if self.temperature != 1.0:
-            logits_SBV = logits_SBV / self.temperature
-        return self.compute_language_model_loss(labels, logits_SBV)
+        return self._losses(hidden_states, self.output_layer.weight, labels, self.temperature)
+
+    def _losses(self, hidden_SBH, weight, labels_BS, temperature: float) -> torch.Tensor:
+        """float32 [B, S]."""
+        if self.config.tensor_model_parallel_size == 1:
+            return token_losses(hidden_SBH.transpose(0, 1), weight, labels_BS, temperature)
+        logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight)
+        return self.compute_language_model_loss(labels_BS, logits_SBV if temperature == 1.0 else logits_SBV / temperature)
 
     def _mtp_hidden(self, hidden_SBH, documents: Documents, attention_mask, rotation, packed_seq_params) -> torch.Tensor:
         """Output of the MTP layer, [S, B, H]."""
@@ -93,8 +99,8 @@ class Glm45Model(GPTModel):
         The MTP layer at position t predicts the label of t + 1, inside its document.
         """
         weight = self.output_layer.weight
-        logits_SBV, _ = self.output_layer(mtp_hidden_SBH, weight=weight.detach() if self.mtp_detached else weight)
-        losses_BS = documents.mtp_mask * self.compute_language_model_loss(documents.mtp_labels, logits_SBV)
+        weight = weight.detach() if self.mtp_detached else weight
+        losses_BS = documents.mtp_mask * self._losses(mtp_hidden_SBH, weight, documents.mtp_labels, temperature=1.0)
         self._mtp_loss.append(torch.stack([losses_BS.detach().sum(), documents.mtp_mask.sum()]))
         return MTPLossAutoScaler.apply(hidden_SBH, self.mtp_weight * losses_BS)
 

@@ -2,11 +2,9 @@
 
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend, get_mlp_module_spec_for_backend
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -16,6 +14,8 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
 from glm.model.attention import SDPAttention
 from glm.model.experts import StackedExperts
+from glm.model.gated import SwiGLU
+from glm.model.linear import ColumnLinear, RowLinear
 from glm.model.mtp import ShiftedMTPLayer
 from glm.model.norm import RMSNorm
 from glm.model.router import SigmoidRouter
@@ -30,14 +30,23 @@ class TorchBackend(LocalSpecProvider):
     def core_attention(self):
         return SDPAttention
 
+    def column_parallel_linear(self):
+        return ColumnLinear
+
+    def row_parallel_linear(self):
+        return RowLinear
+
+    def activation_func(self):
+        return SwiGLU
+
     def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
-        return StackedExperts, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return StackedExperts, None
 
 
 def _layer(backend, config, moe: bool) -> ModuleSpec:
     norm = backend.layer_norm()
     head_norm = norm if config.qk_layernorm else IdentityOp
-    feed_forward = get_mlp_module_spec_for_backend(backend, num_experts=config.num_moe_experts if moe else None)
+    feed_forward = get_mlp_module_spec_for_backend(backend, num_experts=config.num_moe_experts if moe else None, use_te_activation_func=True)
     if moe:
         feed_forward.submodules.router = SigmoidRouter
     attention = SelfAttentionSubmodules(

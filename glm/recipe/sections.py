@@ -134,7 +134,7 @@ class Precision(Section):
 
 class Kernels(Section):
     attention: Literal["sdpa", "te"] = "sdpa"
-    experts: Literal["grouped_mm", "loop"] = "grouped_mm"
+    experts: Literal["grouped_mm", "host", "te"] = "grouped_mm"
 
 
 class TokenRamp(Section):

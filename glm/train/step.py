@@ -22,7 +22,7 @@ from glm.recipe.schema import ModelStageRecipe
 from glm.train.batch import MicroBatch, context_part
 
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
-"""(losses [B, S], batch) -> (sum of the objective over tokens, token count, {metric: tensor [2] of sum and count})."""
+"""(losses [B, S], batch) -> (sum of the objective over tokens, sum of the batch's loss mask, {metric: tensor [2] of sum and count})."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Trainer:
         modules = named_modules(self.chunks)
         for _, module in modules:
             if isinstance(module, StackedExperts):
-                module.grouped = recipe.kernels.experts == "grouped_mm"
+                module.in_place = recipe.kernels.experts == "host"
         self.routers = [(name, module) for name, module in modules if hasattr(module, "expert_bias")]
         self.parallel = [self._data_parallel(chunk) for chunk in self.chunks]
         self.optimizer = TrainOptimizer(named_parameters(self.chunks), recipe.optimizer, recipe.model)
@@ -60,6 +60,7 @@ class Trainer:
         self.config.no_sync_func = [chunk.no_sync for chunk in self.parallel]
         if len(self.parallel) == 1:
             (self.config.no_sync_func,) = self.config.no_sync_func
+        self.config.grad_scale_func = self._per_token
         self._forward_backward = get_forward_backward_func()
         self._load = torch.zeros(0)
 
@@ -135,6 +136,9 @@ class Trainer:
         """Sums and counts of the metrics over all micro-batches and ranks."""
         cp_rank, cp_size = parallel_state.get_context_parallel_rank(), self.recipe.layout.cp
         parts = [context_part(batch, cp_rank, cp_size) for batch in batches]
+        tokens = torch.stack([part.loss_mask.sum() for part in parts]).double().sum()
+        dist.all_reduce(tokens, group=self._data_group)
+        self._tokens = tokens.clamp(min=1).float()
 
         def forward(iterator, model):
             batch = next(iterator)
@@ -166,6 +170,11 @@ class Trainer:
             sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in told[0].items()}
         return sums
 
+    def _per_token(self, loss: torch.Tensor) -> torch.Tensor:
+        """Divides what is to be differentiated by the tokens of the global batch. megatron would divide the sums of gradients
+        afterwards (finalize_model_grads), and read and write every one of them once more."""
+        return loss / self._tokens
+
     def _finalize(self, model, num_tokens=None, **kwargs) -> None:
         """Notes the expert load before megatron moves the bias and clears the counts."""
         shape = self.recipe.model
@@ -177,7 +186,7 @@ class Trainer:
         dist.all_reduce(self._load, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
         if self.recipe.layout.pp > 1:
             dist.all_reduce(self._load, group=parallel_state.get_pipeline_model_parallel_group())
-        finalize_model_grads(model, num_tokens, **kwargs)
+        finalize_model_grads(model, None, **kwargs)
 
 
 def next_token_loss(losses: torch.Tensor, batch: MicroBatch):
