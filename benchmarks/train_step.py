@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from glm.model.size import parameters, training_flops_per_token
 from glm.recipe.schema import TrainRecipe
-from glm.recipe.sections import Model
+from glm.recipe.sections import Model, Muon
 from glm.weights import one_rank
 
 ROTARY_BASE, LR, CLIP = 10_000, 1e-5, 1.0
@@ -70,6 +70,7 @@ class Ours:
 
     def __init__(self, shape: Model, optimizer: str, length: int, balanced: bool):
         from glm.train.batch import plain_batch
+        from glm.model.chunks import named_parameters
         from glm.train.step import Trainer, next_token_loss
 
         recipe = TrainRecipe(
@@ -81,7 +82,7 @@ class Ours:
         )
         self.trainer, self.balanced = Trainer(recipe), balanced
         if optimizer == "adamw":
-            self.trainer.optimizer = ClippedAdamW(self.trainer.model.parameters(), lambda param: param.main_grad)
+            self.trainer.optimizer = ClippedAdamW((param for _, param in named_parameters(self.trainer.chunks)), lambda param: param.main_grad)
         self.plain_batch, self.loss = plain_batch, next_token_loss
 
     def save(self, shape: Model, folder: Path) -> None:
@@ -92,7 +93,7 @@ class Ours:
 
         folder.mkdir()
         Glm4MoeConfig(**config_json(shape, rotary_base=ROTARY_BASE, params="fp32")).save_pretrained(folder)
-        save_file({name: tensor.clone() for name, tensor in hf_tensors(self.trainer.model, shape)}, folder / "model.safetensors")
+        save_file({name: tensor.clone() for name, tensor in hf_tensors(self.trainer.chunks, shape)}, folder / "model.safetensors")
 
     def step(self, ids: torch.Tensor) -> tuple[float, float]:
         """(mean loss, gradient norm) of ``ids`` [B, S + 1]."""
@@ -107,21 +108,39 @@ class Ours:
 class Theirs:
     """transformers, trained by a plain loop."""
 
-    def __init__(self, folder: Path, optimizer: str):
+    def __init__(self, shape: Model, folder: Path, optimizer: str):
         from transformers import Glm4MoeForCausalLM
 
         self.model = Glm4MoeForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm",
         ).train()
-        assert optimizer == "adamw"
-        self.optimizer = ClippedAdamW(self.model.parameters(), lambda param: param.grad)
+        self.optimizer = self._muon(shape) if optimizer == "muon" else ClippedAdamW(self.model.parameters(), lambda param: param.grad)
+
+    def _muon(self, shape: Model):
+        """This suite's optimizer, told by our names which of their tensors is what."""
+        from glm.optim.build import TrainOptimizer
+
+        ours = {"embed_tokens": "word_embeddings", "lm_head": "output_layer", ".gate.": ".router.",
+                "experts.gate_up_proj": "experts.weight1", "experts.down_proj": "experts.weight2"}
+        named = []
+        for name, param in self.model.named_parameters():
+            for theirs, mine in ours.items():
+                name = name.replace(theirs, mine)
+            param.is_stacked_expert = param.dim() == 3
+            named.append((name, param))
+        return TrainOptimizer(named, Muon(), shape)
 
     def step(self, ids: torch.Tensor) -> tuple[float, float]:
         torch.use_deterministic_algorithms(False)
         logits = self.model(input_ids=ids[:, :-1].contiguous(), use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
-        return loss.item(), self.optimizer.step(LR)
+        for param in self.model.parameters():
+            param.main_grad = param.grad    # where our optimizer looks
+        norm = self.optimizer.step(LR)
+        for param in self.model.parameters():
+            param.grad = param.main_grad = None
+        return loss.item(), norm
 
 
 def smallest_seconds(steps: dict, ids: torch.Tensor, repeats: int) -> dict[str, float]:
@@ -153,7 +172,7 @@ def compare(name: str, optimizer: str, repeats: int) -> str:
     ours = Ours(shape, optimizer, batch[1], balanced=False)
     with tempfile.TemporaryDirectory() as scratch:
         ours.save(shape, Path(scratch) / "model")
-        theirs = Theirs(Path(scratch) / "model", optimizer)
+        theirs = Theirs(shape, Path(scratch) / "model", optimizer)
     require_same(ours.step(ids), theirs.step(ids))
     best = smallest_seconds({"ours": ours, "theirs": theirs}, ids, repeats)
     tokens = batch[0] * batch[1]
@@ -176,7 +195,7 @@ def mtp_cost(name: str, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--optimizers", nargs="+", choices=("adamw", "muon"), default=["adamw"])
+    parser.add_argument("--optimizers", nargs="+", choices=("adamw", "muon"), default=["adamw", "muon"])
     parser.add_argument("--repeats", type=int, default=12, help="steps that count, of each side")
     given = parser.parse_args()
     one_rank.start(SHAPES["tiny"], platform="host")

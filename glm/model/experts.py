@@ -17,7 +17,8 @@ from glm.model.gradients import adds_in_place
 class StackedExperts(MegatronModule):
     """Gated experts: ``weight1`` [E, 2F, H] is [gate; up] of each expert, ``weight2`` [E, H, F] is down.
 
-    Under expert tensor parallelism a rank's output is a partial sum, which the token dispatcher adds up. Stacked parameters let Muon orthogonalise all experts of a layer in one batch, and keep one gradient buffer a layer.
+    Under expert tensor parallelism a rank's output is a partial sum, which the token dispatcher adds up. Stacked parameters
+    let Muon orthogonalise all experts of a layer in one batch, and keep one gradient buffer a layer.
     """
 
     in_place = False
@@ -94,9 +95,9 @@ class _Experts(torch.autograd.Function):
         grad_inner_TF = F.grouped_mm(grad_TH, weight2, offs=ends)
         grad_probs = (grad_inner_TF * inner_TF).sum(-1, dtype=probs_T.dtype)
         inner_TF.mul_(probs_T.unsqueeze(-1))
-        grad_weight2 = _weight_gradient(weight2, grad_TH, inner_TF, ends, ctx.counts)
+        grad_weight2 = _weight_gradient(weight2, grad_TH, inner_TF, ends, ctx.counts) if ctx.needs_input_grad[2] else None
         grad_both_TF = swiglu_backward(grad_inner_TF.mul_(probs_T.unsqueeze(-1)), both_TF, activated_TF)
-        grad_weight1 = _weight_gradient(weight1, grad_both_TF, hidden_TH, ends, ctx.counts)
+        grad_weight1 = _weight_gradient(weight1, grad_both_TF, hidden_TH, ends, ctx.counts) if ctx.needs_input_grad[1] else None
         return F.grouped_mm(grad_both_TF, weight1, offs=ends), grad_weight1, grad_weight2, grad_probs, None, None
 
 

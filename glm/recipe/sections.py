@@ -134,7 +134,9 @@ class Precision(Section):
 
 class Kernels(Section):
     attention: Literal["sdpa", "te"] = "sdpa"
-    experts: Literal["grouped_mm", "host", "te"] = "grouped_mm"
+    experts: Literal["grouped_mm", "host"] = "grouped_mm"
+    """grouped_mm: one product over all experts. host: the same, and weight gradients expert by expert into the gradient buffer,
+    for which the CPU must know the number of tokens of each: right where it is the CPU that computes."""
 
 
 class TokenRamp(Section):

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +11,6 @@ from glm import platform
 platform.activate("host")
 from glm.model.attention import SDPAttention  # noqa: E402  (imports megatron)
 from glm.model.documents import Documents, context_places, lay_out  # noqa: E402
-from glm.model.experts import _grouped_product, _looped_product  # noqa: E402
 from glm.train.batch import packed_batch  # noqa: E402
 
 
@@ -86,12 +84,3 @@ def test_another_document_changes_nothing():
     after = attention()(query, key, value, packed_seq_params=pack(lengths))
     assert torch.equal(before[9:], after[9:])
     assert not torch.equal(before[:9], after[:9])
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [0, 0, 0, 0]])
-def test_one_grouped_product_equals_a_loop_over_experts(counts):
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randn(sum(counts), 16, generator=generator)
-    weight = torch.randn(4, 24, 16, generator=generator)
-    per_expert = torch.tensor(counts)
-    assert torch.allclose(_grouped_product(tokens, weight, per_expert), _looped_product(tokens, weight, per_expert), atol=1e-5)

@@ -6,6 +6,9 @@ import torch
 from glm import platform
 
 platform.activate("host")
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler  # noqa: E402
+
 from glm.model.chunks import named_parameters  # noqa: E402
 from glm.optim.param_groups import param_groups  # noqa: E402  (imports below load megatron)
 from glm.recipe.schema import TrainRecipe  # noqa: E402
@@ -133,3 +136,24 @@ def test_bf16_parameters_are_stepped_through_fp32_masters():
     assert master.dtype == torch.float32 and not torch.equal(master, start)
     assert torch.equal(parameter, master.to(torch.bfloat16))
     assert all(router.expert_bias.dtype == torch.float32 for _, router in one.routers)
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "host"])
+def test_buffers_hold_the_gradient_that_autograd_gives_without_them(experts):
+    """Gradients that products add in place, and those that DistributedDataParallel adds, together are the mean over the tokens."""
+    one, documents = trainer(kernels={"attention": "sdpa", "experts": experts}), batch([20, 12])
+    one.accumulate([documents], next_token_loss, mtp_weight=0.3, bias_update_rate=0.0)
+    plain = trainer().chunks[0]
+    free = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in plain.named_parameters()}
+    plain.mtp_weight = 0.3
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    MTPLossAutoScaler.set_loss_scale(torch.ones(1))
+    losses = torch.func.functional_call(plain, free, kwargs={
+        "input_ids": documents.token_ids, "position_ids": documents.position_ids, "attention_mask": None, "labels": documents.labels,
+        "loss_mask": documents.loss_mask, "packed_seq_params": documents.documents,
+    })
+    losses.sum().backward()
+    for name, parameter in one.chunks[0].named_parameters():
+        expected = free[name].grad / 32
+        error = (parameter.main_grad - expected).norm() / expected.norm()
+        assert error.item() < 1e-5, f"{name}: {error:.1e}"
