@@ -5,6 +5,7 @@ Legend: F inner width; T rows.
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -33,11 +34,11 @@ def swiglu_backward(grad: torch.Tensor, both: torch.Tensor, activated: torch.Ten
     return grad_both
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """silu(gate) * up as megatron's MLP takes an activation from a layer spec (config.use_te_activation_func)."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config=config)
 
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         return _SwiGLU.apply(both)
