@@ -28,7 +28,7 @@ class Finding:
 
 def diagnose(as_json: bool = False) -> int:
     """Prints all findings; 1 if something required is wrong."""
-    findings = [*python_version(), *packages(), *devices(), *memory_and_disk()]
+    findings = [*python_version(), *packages(), *devices(), *kernels(), *memory_and_disk()]
     if as_json:
         for finding in findings:
             print(json.dumps(asdict(finding)))
@@ -85,6 +85,34 @@ def devices() -> list[Finding]:
             "device", "note", "/dev/nvidia0 exists, but torch sees no device", "platform cuda: the driver, or a torch built for CPUs only"
         )]
     return [*found, Finding("device", "fine", "no GPU: hardware host trains and serves on the CPU")]
+
+
+def kernels() -> list[Finding]:
+    """Optional packages with kernels for GPUs."""
+    from glm.platform.kernels import apex, transformer_engine
+
+    return [judge_transformer_engine(transformer_engine()), judge_apex(apex())]
+
+
+def judge_transformer_engine(version: str | None) -> Finding:
+    """megatron-core 0.16.1 names 2.9 to 2.11; without one a hardware file says kernels.attention: sdpa."""
+    if version is None:
+        return Finding("transformer-engine", "fine", "not installed: kernels.attention sdpa needs torch alone, te (GPUs only) needs it")
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if (2, 9) <= release < (2, 12):
+        return Finding("transformer-engine", "fine", version)
+    return Finding("transformer-engine", "note", f"{version} (megatron-core names 2.9 to 2.11)", "kernels.attention: te was not checked with it")
+
+
+def judge_apex(found: object) -> Finding:
+    """NVIDIA's apex (glm.platform.kernels.Apex) is used when it is there and never asked for; another of that name is in the way."""
+    if found.state == "unrelated":
+        return Finding("apex", "wrong", "PyPI's apex, which is not NVIDIA's", "megatron imports it: pip uninstall apex")
+    if found.state == "absent":
+        return Finding("apex", "fine", "not installed: gradients on a GPU are added by torch")
+    if found.adds_gradients:
+        return Finding("apex", "fine", "NVIDIA's, adds weight gradients on a GPU in one kernel")
+    return Finding("apex", "note", "NVIDIA's, built without its CUDA extensions", "not used: build it with --cpp_ext --cuda_ext")
 
 
 def memory_and_disk() -> list[Finding]:

@@ -13,25 +13,25 @@ from glm.recipe.sections import Model
 
 
 def build_chunks(
-    config: TransformerConfig, model: Model, *, rotary_base: int, device: torch.device | None = None,
+    config: TransformerConfig, model: Model, *, rotary_base: int, device: torch.device | None = None, attention: str = "sdpa",
 ) -> list[Glm45Model]:
     """The parts of the network of ``model`` that this rank holds: one, or ``layout.vpp`` of them. Weights are not initialised.
 
-    ``device``: this rank's by default; ``meta`` allocates nothing.
+    ``device``: this rank's by default; ``meta`` allocates nothing. ``attention``: the recipe's kernels.attention.
     """
     device = device or active().device
     count = config.virtual_pipeline_model_parallel_size
     with device:
-        chunks = [_chunk(config, model, rotary_base, stage).to(device) for stage in ([None] if count is None else range(count))]
+        chunks = [_chunk(config, model, rotary_base, attention, stage).to(device) for stage in ([None] if count is None else range(count))]
     for chunk in chunks:
         mark_shards(chunk)
     return chunks
 
 
-def _chunk(config: TransformerConfig, model: Model, rotary_base: int, vp_stage: int | None) -> Glm45Model:
+def _chunk(config: TransformerConfig, model: Model, rotary_base: int, attention: str, vp_stage: int | None) -> Glm45Model:
     built = Glm45Model(
         config,
-        decoder_spec(config, vp_stage),
+        decoder_spec(config, attention, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -39,7 +39,7 @@ def _chunk(config: TransformerConfig, model: Model, rotary_base: int, vp_stage: 
         rotary_percent=model.rotary_percent,
         rotary_base=rotary_base,
         share_embeddings_and_output_weights=False,
-        mtp_block_spec=mtp_spec(config, vp_stage),
+        mtp_block_spec=mtp_spec(config, attention, vp_stage),
         vp_stage=vp_stage,
     )
     use_local_dispatch(built)

@@ -28,7 +28,11 @@ def named_tensors(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     found = {}
     for chunk in chunks:
         # state_dict() also brings back the router bias's float32, which Float16Module takes away (router.py:668)
-        state = {name: value for name, value in chunk.state_dict().items() if isinstance(value, torch.Tensor)}
+        # transformer-engine's layers add an _extra_state each, which holds FP8 history and no weight
+        state = {
+            name: value for name, value in chunk.state_dict().items()
+            if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
+        }
         found |= dict(_renamed(chunk, state.items()))
     return found
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from glm.errors import RecipeError
+from glm.platform import active
 from glm.recipe.schema import ModelStageRecipe
 from glm.recipe.sections import Layout, Model
 
@@ -29,11 +30,12 @@ def transformer_config(
     layout: Layout = Layout(),
     recompute: str = "none",
     sequence_balance_weight: float = 0.0,
+    adds_gradients: bool = False,
     upstream: dict[str, object] | None = None,
 ):
     """TransformerConfig of GLM-4.5 in the shape of ``model``.
 
-    ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
+    ``adds_gradients``: the platform's. ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
     raises RecipeError.
     """
     from megatron.core.transformer import TransformerConfig
@@ -84,13 +86,13 @@ def transformer_config(
         attention_softmax_in_fp32=True,
         perform_initialization=False,  # glm.model.initialize: the same weights under every layout
         use_cpu_initialization=True,
-        # Fusions that need Apex or transformer-engine
+        # Fusions of apex and transformer-engine; the first that is used needs apex (glm.platform.kernels)
         bias_activation_fusion=False,
         use_te_activation_func=True,  # the activation is the spec's: glm.model.gated, or transformer-engine's
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=adds_gradients,
         persist_layer_norm=False,
         **RECOMPUTE[recompute],
         # Layout
@@ -109,13 +111,14 @@ def transformer_config(
 
 
 def stage_config(recipe: ModelStageRecipe):
-    """The TransformerConfig of a training stage."""
+    """The TransformerConfig of a training stage on this rank's platform."""
     return transformer_config(
         recipe.model,
         params=recipe.precision.params,
         layout=recipe.layout,
         recompute=recipe.recompute,
         sequence_balance_weight=recipe.losses.sequence_balance_weight,
+        adds_gradients=active().adds_gradients,
         upstream=recipe.megatron,
     )
 

@@ -19,6 +19,7 @@ from glm.model.linear import ColumnLinear, RowLinear
 from glm.model.mtp import ShiftedMTPLayer
 from glm.model.norm import RMSNorm
 from glm.model.router import SigmoidRouter
+from glm.model.te_backend import te_backend
 
 
 class TorchBackend(LocalSpecProvider):
@@ -45,8 +46,10 @@ class TorchBackend(LocalSpecProvider):
 
 def _layer(backend, config, moe: bool) -> ModuleSpec:
     norm = backend.layer_norm()
-    head_norm = norm if config.qk_layernorm else IdentityOp
-    feed_forward = get_mlp_module_spec_for_backend(backend, num_experts=config.num_moe_experts if moe else None, use_te_activation_func=True)
+    head_norm = backend.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+    feed_forward = get_mlp_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts if moe else None, use_te_activation_func=True,
+    )
     if moe:
         feed_forward.submodules.router = SigmoidRouter
     attention = SelfAttentionSubmodules(
@@ -71,9 +74,14 @@ def _layer(backend, config, moe: bool) -> ModuleSpec:
     )
 
 
-def decoder_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def backend_of(attention: str):
+    """The modules of the recipe's kernels.attention, sdpa or te. Raises PlatformError when transformer-engine is not there."""
+    return te_backend() if attention == "te" else TorchBackend()
+
+
+def decoder_spec(config, attention: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers this pipeline rank holds."""
-    backend = TorchBackend()
+    backend = backend_of(attention)
     dense, moe = _layer(backend, config, moe=False), _layer(backend, config, moe=True)
     layers = [moe if is_moe else dense for is_moe in config.moe_layer_freq]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
@@ -81,12 +89,13 @@ def decoder_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodu
     return TransformerBlockSubmodules(layer_specs=layers[first:first + count], layer_norm=backend.layer_norm())
 
 
-def mtp_spec(config, vp_stage: int | None = None):
+def mtp_spec(config, attention: str, vp_stage: int | None = None):
     """The MTP block, whose layer is a MoE layer like the decoder's last; None on a chunk without one."""
     if not config.mtp_num_layers:
         return None
-    layer = _layer(TorchBackend(), config, moe=True)    # a chunk may hold no decoder layer to take it from
-    spec = get_gpt_mtp_block_spec_for_backend(config, layer, TorchBackend(), vp_stage=vp_stage)
+    backend = backend_of(attention)
+    layer = _layer(backend, config, moe=True)    # a chunk may hold no decoder layer to take it from
+    spec = get_gpt_mtp_block_spec_for_backend(config, layer, backend, vp_stage=vp_stage)
     if spec is not None:
         for mtp_layer in spec.layer_specs:
             mtp_layer.module = ShiftedMTPLayer

@@ -4,6 +4,7 @@ import torch
 
 from glm.errors import PlatformError
 from glm.platform.interface import Platform, shared_memory_folder
+from glm.platform.kernels import apex
 
 
 def platform(local_rank: int = 0) -> Platform:
@@ -34,5 +35,6 @@ def platform(local_rank: int = 0) -> Platform:
         rng_state=lambda: torch.cuda.get_rng_state(device),
         set_rng_state=lambda state: torch.cuda.set_rng_state(state, device),
         fully_deterministic=False,
+        adds_gradients=apex().adds_gradients,
         memory_folder=shared_memory_folder(),
     )

@@ -20,5 +20,6 @@ def platform() -> Platform:
         rng_state=torch.get_rng_state,
         set_rng_state=torch.set_rng_state,
         fully_deterministic=True,
+        adds_gradients=False,
         memory_folder=shared_memory_folder(),
     )

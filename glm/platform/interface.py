@@ -7,6 +7,7 @@ from typing import Callable
 import torch
 
 from glm.errors import PlatformError
+from glm.platform.kernels import refuse_unrelated_apex
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Platform:
     set_rng_state: Callable[[torch.Tensor], None]
     fully_deterministic: bool
     """Every operation of training has a deterministic form here; where not, torch warns instead of refusing."""
+    adds_gradients: bool
+    """A kernel that adds a bf16 weight gradient to an fp32 buffer is installed (NVIDIA apex)."""
     memory_folder: str | None
     """A folder held in memory, where trainer and engine on one machine hand weights over; None: the temporary folder."""
 
@@ -52,6 +55,7 @@ def activate(name: str, local_rank: int = 0) -> Platform:
         chosen = host.platform()
     else:
         raise PlatformError("recipe key platform", repr(name), "host or cuda", "name one of them in the hardware file")
+    refuse_unrelated_apex()
     chosen.prepare_megatron()
     _active = chosen
     return chosen

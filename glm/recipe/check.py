@@ -38,11 +38,7 @@ def refuse_unproved(recipe: StageRecipe) -> None:
                 f"{axis}: 1; this release proves data and expert parallelism only (docs/design.md, Layouts)",
                 f"set layout.{axis}=1, or wait for the layout proofs",
             )
-    if recipe.kernels.attention != "sdpa":
-        raise PlatformError(
-            f"{recipe.stage}: kernels.attention", recipe.kernels.attention, "sdpa; transformer-engine is not wired in yet",
-            "set kernels.attention=sdpa in the hardware file",
-        )
+    _refuse_kernels(recipe)
     if not isinstance(recipe, RLRecipe):
         return
     for key, found, allowed in (
@@ -54,6 +50,33 @@ def refuse_unproved(recipe: StageRecipe) -> None:
                 f"{recipe.stage}: {key}", str(found), f"{allowed}; this release does no other (README.md, Not yet)",
                 f"set {recipe.stage}.{key}={allowed}",
             )
+
+
+def _refuse_kernels(recipe: ModelStageRecipe) -> None:
+    kernels, stage = recipe.kernels, recipe.stage
+    if kernels.experts == "te":
+        raise PlatformError(
+            f"{stage}: kernels.experts", "te: transformer-engine's grouped layers keep one parameter an expert",
+            "grouped_mm or host, whose experts are one stacked tensor: optimizer, checkpoints and converters know these names",
+            "set kernels.experts=grouped_mm in the hardware file; kernels.attention=te works beside it",
+        )
+    if recipe.platform == "host" and kernels.attention == "te":
+        raise PlatformError(
+            f"{stage}: kernels.attention", "te with platform: host", "sdpa: transformer-engine runs on GPUs only",
+            "set kernels.attention=sdpa in the hardware file",
+        )
+    if recipe.platform == "cuda" and kernels.experts == "host":
+        raise PlatformError(
+            f"{stage}: kernels.experts", "host with platform: cuda", "grouped_mm: host asks the GPU for the tokens of every expert, "
+            "and the GPU waits", "set kernels.experts=grouped_mm in the hardware file",
+        )
+    packs = isinstance(recipe, RLRecipe) or recipe.data.packing == "best_fit"
+    if kernels.attention == "te" and recipe.layout.cp > 1 and packs:
+        raise PlatformError(
+            f"{stage}: kernels.attention", f"te with packed documents and layout.cp {recipe.layout.cp}",
+            "sdpa, or cp 1, or rows of one document: transformer-engine cuts every document of a pack among the ranks, this suite the row",
+            "set kernels.attention=sdpa for this stage",
+        )
 
 
 def data_parallel_size(recipe: StageRecipe) -> int:

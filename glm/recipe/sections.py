@@ -134,9 +134,10 @@ class Precision(Section):
 
 class Kernels(Section):
     attention: Literal["sdpa", "te"] = "sdpa"
-    experts: Literal["grouped_mm", "host"] = "grouped_mm"
+    """sdpa: torch alone, on a CPU and on a GPU. te: linear layers, norms and attention of transformer-engine."""
+    experts: Literal["grouped_mm", "host", "te"] = "grouped_mm"
     """grouped_mm: one product over all experts. host: the same, and weight gradients expert by expert into the gradient buffer,
-    for which the CPU must know the number of tokens of each: right where it is the CPU that computes."""
+    for which the CPU must know the number of tokens of each: right where it is the CPU that computes. te: refused, see check.py."""
 
 
 class TokenRamp(Section):

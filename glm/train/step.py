@@ -45,7 +45,9 @@ class Trainer:
         self.recipe = recipe
         self.device = active().device
         self.config = stage_config(recipe)
-        self.chunks = build_chunks(self.config, recipe.model, rotary_base=recipe.rotary_base)
+        self.chunks = build_chunks(
+            self.config, recipe.model, rotary_base=recipe.rotary_base, attention=recipe.kernels.attention,
+        )
         initialize(self.chunks, seed=recipe.seed, shape=recipe.model)
         for name, parameter in named_parameters(self.chunks):
             parameter.requires_grad_(not is_frozen(name, recipe.optimizer.frozen))
