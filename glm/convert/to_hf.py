@@ -77,7 +77,7 @@ def to_hf(
         draft.complete()
     publish(draft.folder, out)
     manifest.sync(out.parent)
-    return Written(tensors=sum(map(len, export.shards.values())), bytes=export.bytes)
+    return Written(tensors=sum(map(len, export.shards.values())), bytes=export.bytes, kept=export.fp8.kept if fp8 else ())
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Written:
 
     tensors: int
     bytes: int
+    kept: tuple[str, ...] = ()
+    """Modules that FP8 was wanted for, but which do not divide into blocks (fp8.Fp8Plan)."""
 
 
 def write_folder(

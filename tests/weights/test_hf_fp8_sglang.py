@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from glm.convert.from_hf import from_hf
+from glm.convert.to_hf import to_hf
 from glm.inference.server import server_environment
 from glm.weights.fp8 import Fp8Plan, fp8_plan, fp8_tensors
 from glm.weights.hf_reader import HFFolder
@@ -26,18 +28,26 @@ SHAPES = {
 REFUSED = ["a dense layer as Air's", "narrow experts"]
 
 
-def write(folder, shape, plan=None):
-    weights = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in random_hf_weights(shape).items()}
-    plan = plan or fp8_plan(shape)
-    tensors = dict(fp8_tensors(weights.items(), plan))
-    return write_hf_folder(folder, shape, tensors, dtype="bfloat16", quantization_config=plan.config)
+def bf16(shape):
+    return {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in random_hf_weights(shape).items()}
+
+
+def exported(root, shape):
+    """By this suite's converters: bfloat16 folder, checkpoint, FP8 folder."""
+    checkpoint = from_hf(write_hf_folder(root / "hf", shape, bf16(shape), dtype="bfloat16"), root / "checkpoints")
+    to_hf(checkpoint, root / "fp8", fp8=True)
+    return root / "fp8"
+
+
+def write(folder, shape, plan):
+    return write_hf_folder(folder, shape, dict(fp8_tensors(bf16(shape).items(), plan)), dtype="bfloat16", quantization_config=plan.config)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """One for each shape, and two in which also what does not divide is quantised."""
     root, everything = tmp_path_factory.mktemp("fp8"), Fp8Plan(fp8_plan(WHOLE).quantised, kept=())
-    made = {name: write(root / name.replace("/", " "), shape) for name, shape in SHAPES.items()}
+    made = {name: exported(root / name.replace("/", " "), shape) for name, shape in SHAPES.items()}
     return made | {f"all of {name}": write(root / f"all of {name}", SHAPES[name], everything) for name in REFUSED}
 
 

@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             given.source, given.out, stage=given.stage, tokenizer=given.tokenizer, with_copies=given.with_copies, fp8=given.fp8,
             max_shard_bytes=given.max_shard_bytes, digests=not given.no_digests, workers=given.workers,
         )
-        return f"{given.out}: {written.tensors} tensors, {written.bytes:,} bytes"
+        kept = f"; not whole blocks, so not in FP8: {', '.join(written.kept)}" if written.kept else ""
+        return f"{given.out}: {written.tensors} tensors, {written.bytes:,} bytes{kept}"
 
     return finish(work)
 
