@@ -214,3 +214,28 @@ def test_bias_moves_one_step_towards_the_mean_load(model_in_bfloat16):
         assert torch.equal(router.expert_bias, bias) == (len(set(load)) == 1)
         assert torch.equal(expected.bfloat16(), bias.bfloat16())  # the twin: a bias in bfloat16 would never move
         assert not router.local_tokens_per_expert.any()  # the next batch counts from 0
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_the_sequence_balance_loss_is_that_of_the_report(chosen):
+    """weight * sum_i f_i P_i of each row, the mean over rows (DeepSeek-V3, arXiv 2412.19437 eq. 17-20, which the report takes
+    over): f_i the experts' share of the choices by score alone, times E / K; P_i the mean of the scores over their sum.
+
+    The trainer divides every gradient by the tokens of the batch, so the router multiplies by them.
+    """
+    weight, S, B, E = 0.01, 20, 3, 8
+    shape = tiny_shape(num_experts=E, experts_per_token=chosen, num_layers=2, num_mtp_layers=0)
+    router = routers_of(megatron_model(shape))[0].train()
+    router.config.moe_aux_loss_coeff = weight
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(S, B, HIDDEN, generator=torch.Generator().manual_seed(1))
+    probs, _ = router(hidden)
+    (probs * 0).sum().backward()
+
+    own = router.weight.detach().double().requires_grad_()
+    scores_SBE = torch.sigmoid(hidden.double() @ own.T)
+    f_BE = torch.zeros_like(scores_SBE).scatter(-1, scores_SBE.topk(chosen).indices, 1.0).sum(0) * E / (chosen * S)
+    p_BE = (scores_SBE / scores_SBE.sum(-1, keepdim=True)).mean(0)
+    (weight * (f_BE * p_BE).sum(-1).mean() * S * B).backward()
+    assert torch.allclose(router.weight.grad.double(), own.grad, rtol=1e-4, atol=1e-6 * own.grad.abs().max().item())
+    assert own.grad.abs().max() > 0
