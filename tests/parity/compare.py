@@ -3,7 +3,7 @@
 Both sides compute in float32 from the same weights but sum in other orders: a fused or a separate product of q, k and v,
 experts one by one or grouped, the softmax of the whole vocabulary or of shards. One sum of n terms rounds by about
 sqrt(n) * 6e-8 of its size, and some hundred such sums lie one behind the other between a weight and a logit. The tolerances
-are that, with a factor of about 10 over the largest difference measured (docs/numerics.md has the table).
+are that, with room above the largest differences measured (docs/numerics.md has the table).
 
 Legend: B batch, S sequence, V vocabulary.
 """
