@@ -1,0 +1,30 @@
+"""One rank: ``python -m tests.layout.rank OUT CASE...``, each case a JSON object; rank 0 writes OUT/NUMBER.pt."""
+
+import json
+import sys
+from pathlib import Path
+
+from glm import platform
+
+
+def main(out: Path, cases: list[str]) -> None:
+    platform.activate("host")
+
+    import torch
+    import torch.distributed as dist
+
+    from tests.layout.cases import Case
+    from tests.layout.training import train
+
+    for number, text in enumerate(cases):
+        fields = json.loads(text)
+        layers = fields.pop("pipeline_layers")
+        trained = train(Case(**fields, pipeline_layers=tuple(layers) if layers else None))
+        if dist.get_rank() == 0:
+            torch.save(vars(trained), out / f"{number}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
