@@ -84,15 +84,15 @@ class _WholeRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, part, order, group):
-        gathered = part.new_empty(group.size(), *part.shape)
+        gathered = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
         dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)
         ctx.order, ctx.group = order, group
-        return gathered.transpose(0, 1).flatten(1, 2).index_select(1, order)
+        return gathered.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2).index_select(1, order)
 
     @staticmethod
     def backward(ctx, gradient):
         size = ctx.group.size()
-        by_rank = gradient.index_select(1, ctx.order.argsort()).unflatten(1, (size, -1)).transpose(0, 1).contiguous()
-        own = torch.empty_like(by_rank[0])
+        by_rank = gradient.index_select(1, ctx.order.argsort()).unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
+        own = by_rank.new_empty(by_rank.shape[0] // size, *by_rank.shape[1:])
         dist.reduce_scatter_tensor(own, by_rank, group=ctx.group)
         return own, None, None

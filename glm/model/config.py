@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from glm.errors import RecipeError
+<<<<<<< HEAD
 from glm.platform import active
 from glm.recipe.schema import ModelStageRecipe
+=======
+from glm.recipe.schema import ModelStageRecipe, RLRecipe
+>>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
 from glm.recipe.sections import Layout, Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,12 +34,21 @@ def transformer_config(
     layout: Layout = Layout(),
     recompute: str = "none",
     sequence_balance_weight: float = 0.0,
+<<<<<<< HEAD
     adds_gradients: bool = False,
+=======
+    lengths_vary: bool = False,
+>>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
     upstream: dict[str, object] | None = None,
 ):
     """TransformerConfig of GLM-4.5 in the shape of ``model``.
 
+<<<<<<< HEAD
     ``adds_gradients``: the platform's. ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
+=======
+    ``lengths_vary``: micro-batches of a step differ in length (packed samples of RL), and pipeline stages tell each other.
+    ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
+>>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
     raises RecipeError.
     """
     from megatron.core.transformer import TransformerConfig
@@ -104,7 +117,11 @@ def transformer_config(
         sequence_parallel=layout.tp > 1,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         pipeline_model_parallel_layout=_pipeline_layout(model, layout),
-        variable_seq_lengths=layout.pp > 1,  # packed samples of RL differ in length from one micro-batch to the next
+        # Batched messages of both directions are matched by their order alone: with two interleaved stages, whose neighbours
+        # on both sides are one rank, activations and gradients change places in silence (p2p_communication.py:57).
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        variable_seq_lengths=lengths_vary and layout.pp > 1,
     )
     _merge_upstream(fields, upstream or {}, {field.name for field in dataclasses.fields(TransformerConfig)})
     return TransformerConfig(**fields)
@@ -118,7 +135,11 @@ def stage_config(recipe: ModelStageRecipe):
         layout=recipe.layout,
         recompute=recipe.recompute,
         sequence_balance_weight=recipe.losses.sequence_balance_weight,
+<<<<<<< HEAD
         adds_gradients=active().adds_gradients,
+=======
+        lengths_vary=isinstance(recipe, RLRecipe),
+>>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
         upstream=recipe.megatron,
     )
 

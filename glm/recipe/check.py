@@ -30,14 +30,6 @@ def refuse_unproved(recipe: StageRecipe) -> None:
     """
     if not isinstance(recipe, ModelStageRecipe):
         return
-    for axis in ("tp", "pp", "cp", "etp"):
-        size = getattr(recipe.layout, axis)
-        if size > 1:
-            raise PlatformError(
-                f"{recipe.stage}: layout.{axis}", f"{axis}: {size}",
-                f"{axis}: 1; this release proves data and expert parallelism only (docs/design.md, Layouts)",
-                f"set layout.{axis}=1, or wait for the layout proofs",
-            )
     _refuse_kernels(recipe)
     if not isinstance(recipe, RLRecipe):
         return
@@ -94,16 +86,34 @@ def _check_layout(recipe: StageRecipe, require) -> None:
     )
     for what, number, key in (
         ("num_attention_heads", model.num_attention_heads, "tp"), ("num_query_groups", model.num_query_groups, "tp"),
-        ("vocab_size", model.vocab_size, "tp"), ("dense_ffn_size", model.dense_ffn_size, "tp"), ("num_layers", model.num_layers, "pp"),
+        ("vocab_size", model.vocab_size, "tp"), ("hidden_size", model.hidden_size, "tp"), ("dense_ffn_size", model.dense_ffn_size, "tp"),
+        ("width of the shared experts", model.num_shared_experts * model.expert_ffn_size, "tp"),
         ("num_experts", model.num_experts, "ep"), ("expert_ffn_size", model.expert_ffn_size, "etp"),
     ):
         parts = getattr(layout, key)
         require(number % parts == 0, f"layout.{key}", f"{what} {number} over {key} {parts}", f"a divisor of {number}", f"change layout.{key}")
+    _check_pipeline(recipe, require)
     shared = world // layout.pp
     require(
         shared % (layout.ep * layout.etp) == 0, "layout.ep",
         f"ep {layout.ep} x etp {layout.etp} on the {shared} ranks (tp x cp x dp) of a pipeline stage", f"a divisor of {shared}",
         "change layout.ep, or the number of ranks",
+    )
+
+
+def _check_pipeline(recipe: StageRecipe, require) -> None:
+    layout, layers = recipe.layout, recipe.model.num_layers
+    chunks = layout.pp * layout.vpp
+    require(layout.vpp == 1 or layout.pp > 1, "layout.vpp", f"vpp {layout.vpp} with pp 1", "vpp 1, or a pipeline", "raise layout.pp")
+    require(
+        chunks <= layers, "layout.pp", f"{layers} layers over pp {layout.pp} x vpp {layout.vpp} = {chunks} chunks", "a layer for each chunk",
+        "lower layout.pp or layout.vpp",
+    )
+    given = layout.pipeline_layers
+    require(
+        given is None or len(given) == chunks and min(given) > 0 and sum(given) == layers, "layout.pipeline_layers",
+        f"pipeline_layers {list(given or ())}", f"{chunks} numbers above 0 (pp {layout.pp} x vpp {layout.vpp}) that sum to {layers}",
+        "correct the list, or leave it out",
     )
 
 
@@ -132,11 +142,13 @@ def _check_lengths(recipe: ModelStageRecipe, require) -> None:
         )
         require(replies >= replicas, "rollout", f"{replies} replies a step for {replicas} data-parallel ranks", "at least one each", "ask for more replies")
         return
+    unit = replicas * recipe.batch.micro_batch_size * layout.pp if layout.vpp > 1 else replicas    # interleaving takes pp micro-batches in turn
     end = recipe.run_tokens_before + getattr(recipe, "tokens", 0)
     smallest = int(min(recipe.batch.tokens_at(recipe.run_tokens_before), recipe.batch.tokens_at(end)))    # a ramp is monotonic
     require(
-        smallest >= replicas * length, "batch.tokens", f"a batch of {smallest} tokens for {replicas} data-parallel ranks x {length} tokens",
-        f"at least {replicas * length}, one sequence a rank", "raise batch.tokens, shorten sequence_length, or use fewer data-parallel ranks",
+        smallest >= unit * length, "batch.tokens", f"a batch of {smallest} tokens for {unit} sequences of {length} tokens",
+        f"at least {unit * length}: one sequence for each of {replicas} data-parallel ranks, pp micro-batches if layout.vpp > 1",
+        "raise batch.tokens, shorten sequence_length, or use fewer data-parallel ranks",
     )
 
 

@@ -125,8 +125,9 @@ def schedule_table(recipe: ModelStageRecipe, rows: int = 8) -> list[StepPlan]:
 def _num_sequences(recipe: ModelStageRecipe, run_tokens: int) -> int:
     wanted = recipe.batch.tokens_at(run_tokens) / recipe.sequence_length
     ranks = data_parallel_size(recipe)
-    whole = ranks * recipe.batch.micro_batch_size
-    unit = whole if wanted >= whole else ranks
+    layout = recipe.layout
+    whole = ranks * recipe.batch.micro_batch_size * (layout.pp if layout.vpp > 1 else 1)    # interleaving takes pp micro-batches in turn
+    unit = whole if wanted >= whole or layout.vpp > 1 else ranks
     return max(1, round(wanted / unit)) * unit
 
 

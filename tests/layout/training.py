@@ -83,7 +83,7 @@ def train(case: Case, **changes) -> Trained:
         mtp_losses.append(outcome.mtp_loss)
         load = outcome.load
     weights = {name: tensor.clone() for name, tensor in hf_tensors(one.chunks, SHAPE)}
-    return Trained(losses, mtp_losses, gradients, weights, load, min(gaps))
+    return Trained(losses, mtp_losses, gradients, weights, load, min(gaps, default=1.0))
 
 
 def watch_margins(one: Trainer) -> list[float]:
