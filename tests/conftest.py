@@ -9,3 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-matrix", action="store_true", help="put the table of layouts into docs/numerics.md (with -m full tests/layout)")

@@ -101,6 +101,40 @@ class _Cuda(types.ModuleType):
         return getattr(torch.cuda, name)
 
 
+class _Distributed(types.ModuleType):
+    """``torch.distributed`` for gloo, which gathers and scatters equal parts only.
+
+    Expert parallelism with expert tensor parallelism moves as many rows from each rank as its experts got tokens
+    (tensor_parallel/mappings.py:150 and :190): here parts are padded to the longest.
+    """
+
+    def __getattr__(self, name):
+        return getattr(torch.distributed, name)
+
+    @staticmethod
+    def all_gather(parts, part, group=None, async_op=False):
+        longest = max(one.shape[0] for one in parts)
+        if async_op or all(one.shape[0] == longest for one in parts):
+            return torch.distributed.all_gather(parts, part, group=group, async_op=async_op)
+        padded = [one.new_empty(longest, *one.shape[1:]) for one in parts]
+        torch.distributed.all_gather(padded, _padded(part, longest), group=group)
+        for one, whole in zip(parts, padded):
+            one.copy_(whole[:one.shape[0]])
+
+    @staticmethod
+    def reduce_scatter(own, parts, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+        longest = max(one.shape[0] for one in parts)
+        if async_op or all(one.shape[0] == longest for one in parts):
+            return torch.distributed.reduce_scatter(own, parts, op=op, group=group, async_op=async_op)
+        whole = own.new_empty(longest, *own.shape[1:])
+        torch.distributed.reduce_scatter_tensor(whole, torch.cat([_padded(one, longest) for one in parts]), op=op, group=group)
+        own.copy_(whole[:own.shape[0]])
+
+
+def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
+
+
 def _on_cpu(factory):
     @functools.wraps(factory)
     def create(*args, **kwargs):
@@ -124,6 +158,7 @@ def host_torch() -> types.ModuleType:
     namespace = _HostTorch("torch")
     namespace.__dict__.update(torch.__dict__)
     namespace.cuda = _Cuda("torch.cuda")
+    namespace.distributed = _Distributed("torch.distributed")
     for name in _FACTORIES:
         setattr(namespace, name, _on_cpu(getattr(torch, name)))
     return namespace

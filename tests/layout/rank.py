@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from glm import platform
@@ -15,11 +16,12 @@ def main(out: Path, cases: list[str]) -> None:
 
     from tests.layout.cases import Case
     from tests.layout.training import train
+    from tests.layout.traps import TRAPS
 
     for number, text in enumerate(cases):
-        fields = json.loads(text)
-        layers = fields.pop("pipeline_layers")
-        trained = train(Case(**fields, pipeline_layers=tuple(layers) if layers else None))
+        case = Case.from_json(json.loads(text))
+        with TRAPS[case.trap]() if case.trap else nullcontext():
+            trained = train(case)
         if dist.get_rank() == 0:
             torch.save(vars(trained), out / f"{number}.pt")
     dist.barrier()

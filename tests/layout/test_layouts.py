@@ -1,0 +1,78 @@
+"""Every layout trains what one rank trains: losses, MTP losses, gradients and the weights of five steps, balancing on.
+
+``make test`` runs two ranks along every axis; ``make test-all`` the whole matrix, from which docs/numerics.md has its table
+(``pytest -m full tests/layout --write-matrix``).
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.layout.cases import FULL, QUICK, TRAPPED, Case, by_ranks
+from tests.layout.compare import ROOT, Difference, difference, references, run_ranks
+from tests.layout.matrix import names_in, replace_table
+
+NUMERICS = ROOT / "docs/numerics.md"
+MARGIN = 2e-5
+"""Between the last expert chosen and the first one not, over all tokens of the single-rank run: ten times what layouts differ by."""
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return references()
+
+
+@pytest.fixture(scope="module")
+def quick(expected, tmp_path_factory):
+    return compared((*QUICK, *TRAPPED), expected, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def full(expected, tmp_path_factory):
+    return compared(FULL, expected, tmp_path_factory)
+
+
+def compared(cases, expected, tmp_path_factory) -> dict[str, Difference]:
+    found = {}
+    for ranks, group in by_ranks(cases).items():
+        out = tmp_path_factory.mktemp(f"ranks{ranks}")
+        for case, trained in zip(group, run_ranks(group, out), strict=True):
+            found[case.label] = difference(trained, expected[case.packed])
+    return found
+
+
+def test_the_data_has_no_near_ties_that_rounding_could_turn(expected):
+    assert min(trained.margin for trained in expected.values()) > MARGIN
+
+
+def test_one_rank_learns_and_balances(expected):
+    for trained in expected.values():
+        biases = [tensor for name, tensor in trained.weights.items() if name.endswith("e_score_correction_bias")]
+        assert len(biases) == 4 and all(bias.abs().max() > 0 for bias in biases)
+        assert all(tensor.any() for name, tensor in trained.gradients.items() if ".experts." not in name)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.label)
+def test_two_ranks_train_what_one_trains(quick, case: Case):
+    assert quick[case.label].too_large == []
+
+
+@pytest.mark.parametrize("case", TRAPPED, ids=lambda case: case.trap)
+def test_what_megatron_does_by_default_is_noticed(quick, case: Case):
+    assert quick[case.label].too_large != []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", FULL, ids=lambda case: case.label)
+def test_the_whole_matrix(full, case: Case):
+    assert full[case.label].too_large == []
+
+
+def test_the_document_shows_this_matrix():
+    assert names_in(NUMERICS.read_text(encoding="utf-8")) == [case.label for case in FULL]
+
+
+@pytest.mark.full
+def test_the_matrix_is_written_when_asked(full, request):
+    if request.config.getoption("--write-matrix"):
+        replace_table(Path(NUMERICS), FULL, full)
