@@ -7,12 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from glm.errors import RecipeError
-<<<<<<< HEAD
 from glm.platform import active
-from glm.recipe.schema import ModelStageRecipe
-=======
 from glm.recipe.schema import ModelStageRecipe, RLRecipe
->>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
 from glm.recipe.sections import Layout, Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,21 +30,14 @@ def transformer_config(
     layout: Layout = Layout(),
     recompute: str = "none",
     sequence_balance_weight: float = 0.0,
-<<<<<<< HEAD
     adds_gradients: bool = False,
-=======
     lengths_vary: bool = False,
->>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
     upstream: dict[str, object] | None = None,
 ):
     """TransformerConfig of GLM-4.5 in the shape of ``model``.
 
-<<<<<<< HEAD
-    ``adds_gradients``: the platform's. ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
-=======
-    ``lengths_vary``: micro-batches of a step differ in length (packed samples of RL), and pipeline stages tell each other.
-    ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
->>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
+    ``adds_gradients``: the platform's. ``lengths_vary``: micro-batches of a step differ in length (packed samples of RL), and
+    pipeline stages tell each other. ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
     raises RecipeError.
     """
     from megatron.core.transformer import TransformerConfig
@@ -135,11 +124,8 @@ def stage_config(recipe: ModelStageRecipe):
         layout=recipe.layout,
         recompute=recipe.recompute,
         sequence_balance_weight=recipe.losses.sequence_balance_weight,
-<<<<<<< HEAD
         adds_gradients=active().adds_gradients,
-=======
         lengths_vary=isinstance(recipe, RLRecipe),
->>>>>>> f3c1d67 (Context and pipeline parallelism, interleaved: what one rank gives)
         upstream=recipe.megatron,
     )
 

@@ -146,8 +146,8 @@ def _check_lengths(recipe: ModelStageRecipe, require) -> None:
     end = recipe.run_tokens_before + getattr(recipe, "tokens", 0)
     smallest = int(min(recipe.batch.tokens_at(recipe.run_tokens_before), recipe.batch.tokens_at(end)))    # a ramp is monotonic
     require(
-        smallest >= unit * length, "batch.tokens", f"a batch of {smallest} tokens for {unit} sequences of {length} tokens",
-        f"at least {unit * length}: one sequence for each of {replicas} data-parallel ranks, pp micro-batches if layout.vpp > 1",
+        smallest >= unit * length, "batch.tokens", f"a batch of {smallest} tokens for {replicas} data-parallel ranks x {length} tokens",
+        f"at least {unit * length}: one sequence a rank, {layout.pp} micro-batches a rank if stages are interleaved",
         "raise batch.tokens, shorten sequence_length, or use fewer data-parallel ranks",
     )
 
