@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,11 +51,8 @@ def references() -> dict[bool, Trained]:
 
 def run_ranks(cases: list[Case], out: Path) -> list[Trained]:
     """Trains ``cases``, all of one number of ranks, one after the other in the same processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "tests.layout.rank", str(out), *(json.dumps(case.as_json()) for case in cases)]
-    places = {"WORLD_SIZE": str(cases[0].ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    places = {"WORLD_SIZE": str(cases[0].ranks), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(command, cwd=ROOT, stdout=(out / f"rank{rank}.log").open("w"), stderr=subprocess.STDOUT,
                          env=os.environ | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
