@@ -1,6 +1,7 @@
 """What inspection lists is what is there, and what is odd is said; also of folders that no converter would take."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ from glm.convert.inspect import inspect, part_of
 from glm.convert.to_hf import to_hf
 from glm.errors import CheckpointError
 from glm.model.size import parameters
+from glm.recipe.sections import Model
 from glm.weights.digest import tensor_digest
+from glm.weights.hf_config import config_json
+from glm.weights.hf_shapes import hf_shapes
 from glm.weights.name_map import rows
 from tests.model_fixture import random_hf_weights, tiny_shape, write_hf_folder
 from tools.convert import inspect as command
@@ -195,6 +199,28 @@ def test_listing_opens_no_tensor(folder, checkpoint, monkeypatch):
     monkeypatch.setattr(inspection.Span, "blocks", lambda *_: pytest.fail("bytes were read"))
     monkeypatch.setattr("glm.weights.places.Place.read", lambda *_: pytest.fail("a tensor was read"))
     assert inspect(folder).entries and inspect(checkpoint).entries
+
+
+def test_a_folder_of_the_released_size_is_listed_from_its_headers(tmp_path, capsys):
+    """GLM-4.5-Air with 4.5's copies, its 221 GB being holes in the files."""
+    shape = Model(
+        num_layers=46, num_dense_layers=1, hidden_size=4096, dense_ffn_size=10944, expert_ffn_size=1408, num_attention_heads=96,
+        num_query_groups=8, head_dim=128, qk_norm=False, num_experts=128, experts_per_token=8, routed_scaling_factor=1.0,
+        num_mtp_layers=1, vocab_size=151552, max_position=131072,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config_json(shape, rotary_base=1_000_000, params="bf16")))
+    header, end = {}, 0
+    for name, size in hf_shapes(shape).items():
+        kind, itemsize = ("F32", 4) if name.endswith("correction_bias") else ("BF16", 2)
+        header[name] = {"dtype": kind, "shape": size, "data_offsets": [end, end + math.prod(size) * itemsize]}
+        end = header[name]["data_offsets"][1]
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert command.main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"{109_227_304_960 + 5_888 + 2 * 620_756_992:,} numbers" in told and told.endswith("nothing odd\n")
 
 
 def test_the_command_prints_a_line_a_tensor_totals_and_what_is_odd(capsys, exported, tmp_path):

@@ -50,8 +50,9 @@ def as_json(found) -> str:
 
 def as_text(found) -> str:
     """A line a tensor, a line a part, a line for each thing that is odd."""
+    width = max((len(entry.name) for entry in found.entries), default=0)
     lines = [
-        f"{entry.name:<{_width(found.entries)}}  {entry.dtype:<13}  {'x'.join(map(str, entry.shape)) or 'number':>16}  {entry.nbytes:>15,}  "
+        f"{entry.name:<{width}}  {entry.dtype:<13}  {'x'.join(map(str, entry.shape)) or 'number':>16}  {entry.nbytes:>15,}  "
         f"{_files(entry.files)}{'  ' + entry.digest[:16] if entry.digest else ''}"
         for entry in found.entries
     ]
@@ -62,10 +63,6 @@ def as_text(found) -> str:
     lines += [f"  carried along: {', '.join(found.carried)}"] if found.carried else []
     lines += [f"  odd: {words}" for words in found.odd] or ["  nothing odd"]
     return "\n".join(lines).lstrip("\n")
-
-
-def _width(entries) -> int:
-    return max((len(entry.name) for entry in entries), default=0)
 
 
 def _files(files: tuple[str, ...]) -> str:
