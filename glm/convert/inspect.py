@@ -14,6 +14,7 @@ from tqdm import tqdm
 from glm.checkpoint import manifest, torch_dist
 from glm.checkpoint.torch_dist import Stored
 from glm.convert.origins import is_weight
+from glm.convert.source import find_source
 from glm.convert.stored_rows import StoredRows
 from glm.convert.streams import BLOCK, Span, Stream
 from glm.errors import CheckpointError
@@ -68,8 +69,9 @@ class Inspection:
         return dict(sorted(((part, tuple(sums)) for part, sums in found.items()), key=lambda item: -item[1][2]))
 
 
-def inspect(path: Path, pattern: str = "*", *, digests: bool = False) -> Inspection:
-    """Lists the tensors whose names match ``pattern`` (as file names do) of a checkpoint (step_*) or a Hugging Face folder.
+def inspect(path: Path, pattern: str = "*", *, stage: str | None = None, digests: bool = False) -> Inspection:
+    """Lists the tensors whose names match ``pattern`` (as file names do) of a Hugging Face folder or a checkpoint: ``path``
+    itself, or the one it means (see find_source).
 
     ``digests``: reads every byte of them, a block at a time, to compute digests, to compare them with the manifest, and to
     find tensors that are all zero or hold what is no number. A folder that is torn or incomplete is listed as far as it
@@ -80,9 +82,10 @@ def inspect(path: Path, pattern: str = "*", *, digests: bool = False) -> Inspect
         return _checkpoint(path, pattern, digests)
     if (path / CONFIG).is_file() or any(path.glob("*.safetensors")):
         return _hf_folder(path, pattern, digests)
+    if (path / "stages").is_dir() or manifest.checkpoint_steps(path):
+        return _checkpoint(find_source(path, stage).checkpoint, pattern, digests)
     raise CheckpointError(
-        str(path), "neither config.json nor .metadata", "a checkpoint (RUN/stages/STAGE/checkpoints/step_*) or a Hugging Face folder",
-        "correct the path",
+        str(path), "neither config.json nor .metadata", "a Hugging Face folder, a checkpoint (step_*) or a run", "correct the path",
     )
 
 
@@ -136,24 +139,24 @@ def _hf_folder(path: Path, pattern: str, digests: bool) -> Inspection:
 def _checkpoint(path: Path, pattern: str, digests: bool) -> Inspection:
     odd: list[str] = []
     stored = torch_dist.tensors(path)
+    wanted = {key: tensor for key, tensor in stored.items() if fnmatchcase(key, pattern)}
     about: dict[str, object] = {}
     try:
         info, shape = manifest.read_info(path)
         about = {"stage": info.stage, "step": info.step, "run_tokens": info.run_tokens, "params": manifest.stored_params(path)}
         files = manifest.read_manifest(path)["files"]
         manifest.check_sizes(path, files)
-        if not all(manifest.parts(entry) for entry in files.values()):
-            odd.append("written without digests: a changed byte would not be found")
-        elif digests:
-            manifest.verify(path)
     except CheckpointError as error:
         odd.append(f"{error.where}: {error.found}; expected {error.expected}")
     else:
+        if not all(manifest.parts(entry) for entry in files.values()):
+            odd.append("written without digests: a changed byte would not be found")
+        if digests:
+            odd += _changed(path, files, {chunk.label for tensor in wanted.values() for chunk in tensor.chunks})
         held, expected = {key for key in stored if is_weight(key)}, {row.megatron for row in rows(shape)}
         odd += [f"missing: {name}" for name in sorted(expected - held)] + [f"of no model of its shape: {name}" for name in sorted(held - expected)]
         odd += ["no MTP layer: num_mtp_layers is 0"] if not shape.num_mtp_layers else []
     odd += _bias_types((key, tensor.dtype) for key, tensor in stored.items())
-    wanted = {key: tensor for key, tensor in stored.items() if fnmatchcase(key, pattern)}
     entries = tuple(
         Entry(key, type_name(tensor.dtype), tensor.shape, math.prod(tensor.shape) * tensor.dtype.itemsize, part_of(key),
               tuple(dict.fromkeys(chunk.file for chunk in tensor.chunks)))
@@ -165,6 +168,17 @@ def _checkpoint(path: Path, pattern: str, digests: bool) -> Inspection:
         odd += more
     carried = tuple(f"{CARRIED}/{file.name}" for file in companions(path / CARRIED)) if (path / CARRIED).is_dir() else ()
     return Inspection(path, "checkpoint", entries, tuple(odd), carried, about)
+
+
+def _changed(checkpoint: Path, files: dict[str, dict], labels: set[str]) -> Iterator[str]:
+    """What the manifest says otherwise of the chunks ``labels`` and of all that is no tensor."""
+    for name, entry in files.items():
+        for label, part in manifest.parts(entry).items():
+            if not label or label in labels:
+                try:
+                    manifest.check_part(checkpoint / name, label, part)
+                except CheckpointError as error:
+                    yield f"{error.where}: {error.found}; expected {error.expected}"
 
 
 def _stored_streams(checkpoint: Path, stored: dict[str, Stored], read_rows: StoredRows, key: str) -> Iterator[Stream]:

@@ -187,7 +187,13 @@ def test_a_changed_byte_is_told_on_both_sides(tmp_path, exported, checkpoint):
     data[torch_dist.data_offset(copy, item)] ^= 1
     (copy / item.file).write_bytes(data)
     assert inspect(copy).odd == ()
-    assert any("decoder.final_layernorm.weight" in words and "sha256" in words for words in inspect(copy, digests=True).odd)
+    (told,) = inspect(copy, digests=True).odd
+    assert "decoder.final_layernorm.weight" in told and "sha256" in told
+    assert inspect(copy, "*.router.*", digests=True).odd == (), "what was not asked for is not read"
+
+
+def test_a_folder_of_checkpoints_means_the_newest(checkpoint):
+    assert inspect(checkpoint.parent) == inspect(checkpoint)
 
 
 def test_a_path_that_is_neither_is_an_error(tmp_path):

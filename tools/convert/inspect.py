@@ -4,11 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from tools.convert.command import finish, parser
+from tools.convert.command import add_stage, finish, parser
 
 EXAMPLES = """\
   python -m tools.convert.inspect GLM-4.5-Air
-  python -m tools.convert.inspect runs/tiny/stages/pretrain_general/checkpoints/step_00000120 '*.router.*'
+  python -m tools.convert.inspect runs/tiny '*.router.*'
+  python -m tools.convert.inspect runs/tiny/stages/pretrain_general/checkpoints/step_00000120
   python -m tools.convert.inspect exported --digests --json > exported.json
 """
 
@@ -25,15 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
         "Lists the tensors of a checkpoint or of a Hugging Face folder with shape, type, bytes, file and digest, the sum of each "
         "part of the model, and what is odd. Reads headers only, unless digests are to be computed.", EXAMPLES,
     )
-    made.add_argument("path", metavar="PATH", type=Path, help="a checkpoint (a step_* folder) or a Hugging Face folder")
+    made.add_argument("path", metavar="PATH", type=Path, help="a Hugging Face folder, a step_* folder, or a run's")
     made.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="only tensors whose names match, such as '*.experts.*'")
+    add_stage(made)
     made.add_argument("--digests", action="store_true",
                       help="read every byte: compute digests, compare with the manifest, find zeros and what is no number")
     made.add_argument("--json", action="store_true", help="one object, for scripts")
     given = made.parse_args(arguments)
 
     def work() -> str:
-        found = inspect(given.path, given.pattern, digests=given.digests)
+        found = inspect(given.path, given.pattern, stage=given.stage, digests=given.digests)
         return as_json(found) if given.json else as_text(found)
 
     return finish(work)
