@@ -47,7 +47,6 @@ class Arrangement:
 def arrangement(row: Row, shape: Model, sizes: dict[str, tuple[int, ...]]) -> Arrangement:
     """``sizes``: hf_shapes(shape)."""
     parts = [sizes[name] for name in row.names([0])]
-    whole = tuple(row.transform.to_megatron([torch.empty(size, device="meta") for size in parts], shape).shape)
     numbers = [
         (torch.arange(size[0]) + number * _FAR).reshape(-1, *(1 for _ in size[1:])) for number, size in enumerate(parts)
     ]
@@ -57,6 +56,7 @@ def arrangement(row: Row, shape: Model, sizes: dict[str, tuple[int, ...]]) -> Ar
         Run(int(order[begin]) // _FAR, int(order[begin]) % _FAR, begin, end - begin)
         for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
     )
+    matrix = (len(order), *parts[0][1:])
     if not row.transform.per_expert:
-        return Arrangement(whole, None, runs)
-    return Arrangement((shape.num_experts, *whole[1:]), shape.num_experts, runs)
+        return Arrangement(matrix, None, runs)
+    return Arrangement((shape.num_experts, *matrix), shape.num_experts, runs)
