@@ -37,8 +37,8 @@ class Draft:
             self._continue_or_begin(json.loads(json.dumps(job)))
             self._require_space(files)
             for name, size in files.items():
-                with (folder / name).open("ab") as file:
-                    file.truncate(size)
+                (folder / name).touch()
+                os.truncate(folder / name, size)
         except BaseException:
             self._journal.close()
             raise

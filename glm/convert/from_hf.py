@@ -187,9 +187,11 @@ def _describe(draft: Draft, plan: _Plan, digests: bool) -> None:
 
 
 def _form(plan: _Plan) -> dict[str, object]:
-    """What of the folder's form the weights do not tell, for an export to have it again."""
+    """What of the folder's form the weights do not tell, for an export to have it again. ``dtypes``: of unusual tensors; None: converted."""
     folder = plan.folder
-    dtypes = {} if plan.params != folder.params else {
+    unusual = {
         name: type_name(folder.dtype(name)) for name in hf_names(plan.shape) if folder.dtype(name) is not usual_dtype(name, plan.params)
     }
-    return {"copies": any(copy in folder.names for copy in copies(plan.shape)), "dtypes": dtypes}
+    return {
+        "copies": any(copy in folder.names for copy in copies(plan.shape)), "dtypes": unusual if plan.params == folder.params else None,
+    }

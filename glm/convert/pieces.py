@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from glm.convert.draft import Draft
 from glm.convert.streams import BLOCK, Stream
+from glm.errors import explain_os_error
 
-_COMMIT_BYTES = 256 << 20
+COMMIT_BYTES = 256 << 20
 """After so much has been written it is brought to the disk and noted: what a kill costs at most, beside what is under way."""
 
 
@@ -52,7 +53,18 @@ def write(
     """Writes into ``draft`` the pieces that are not there yet. ``prove`` is called once for each proof that pieces ask for.
 
     Errors end it after the blocks under way; what was finished stays in the journal. An interruption does the same.
+    Raises what reading and proving raise, PlatformError when the disk is full.
     """
+    try:
+        _write_all(draft, pieces, prove, digests, workers, title)
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _write_all(draft: Draft, pieces: Iterable[Piece], prove: Callable[[Any], None], digests: bool, workers: int, title: str) -> None:
     todo = [piece for piece in pieces if piece.name not in draft.done]
     proofs, stop, local = _Once(prove), threading.Event(), threading.local()
 
@@ -81,7 +93,7 @@ def write(
                         piece = running.pop(future)
                         finished.append((piece, future.result()))
                         bar.update(piece.nbytes)
-                    if sum(piece.nbytes for piece, _ in finished) >= _COMMIT_BYTES:
+                    if sum(piece.nbytes for piece, _ in finished) >= COMMIT_BYTES:
                         finished = _commit(draft, finished)
             finally:
                 stop.set()

@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder, copied by byte ranges from whatever chunks training saved it in: no model is built."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,8 @@ def to_hf(
         "source": fingerprinted(), "folder": str(found.checkpoint.absolute()), "digests": digests,
         "files": {name: [output.name for output in held] for name, held in export.shards.items()},
     }
+    if digests and not export.is_proven:
+        warnings.warn(f"{found.checkpoint} was written without digests: its contents cannot be verified", stacklevel=2)
     with Draft(out.with_name(f".{out.name}.tmp"), job, export.files) as draft:
         try:
             write(draft, export.pieces(digests), export.prove, digests=digests, workers=workers, title="export")
@@ -109,9 +112,9 @@ class _Export:
         self.stored = torch_dist.tensors(checkpoint)
         self.rows = StoredRows(checkpoint, self.stored)
         self.origins = origins(checkpoint, self.shape, self.params, self.stored)
-        form = self.manifest.get("hf", {"copies": False, "dtypes": {}})
+        form = self.manifest.get("hf", {"copies": False, "dtypes": None})
         self.copies = copies(self.shape) if (form["copies"] if with_copies is None else with_copies) else {}
-        self._dtypes = form["dtypes"] if "hf" in self.manifest else self._routers()
+        self._dtypes = self._routers() if form["dtypes"] is None else form["dtypes"]
         outputs = [output for name in (*hf_names(self.shape), *self.copies) for output in self._outputs(name)]
         self.shards = _sharded(outputs, max_shard_bytes)
         self.bytes = sum(output.nbytes for output in outputs)
@@ -144,6 +147,11 @@ class _Export:
         """That the bytes of a chunk, or of the file that holds it, are those that were written."""
         file, label = proof
         manifest.check_part(self.checkpoint / file, label, manifest.parts(self.manifest["files"][file])[label])
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the manifest has digests of all that is read."""
+        return all(self._proofs(chunk) for stored in self.stored.values() for chunk in stored.chunks)
 
     def _proofs(self, chunk: Item) -> list[tuple[str, str]]:
         known = manifest.parts(self.manifest["files"].get(chunk.file, {}))
