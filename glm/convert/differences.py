@@ -23,7 +23,7 @@ class Compared:
 
     tensors: int
     bytes: int
-    """Of the folder's tensors, each once."""
+    """Of the folder's tensors, each once, and their FP8 factors."""
     quantised: int
     """Tensors that are equal after this suite's own rounding to FP8, and no other way."""
     differing: dict[str, float]
@@ -50,8 +50,9 @@ def compare(checkpoint: Path, folder: HFFolder, *, workers: int = 2) -> Compared
 
     with ThreadPoolExecutor(workers, thread_name_prefix="compare") as pool:
         results = dict(zip(names, tqdm(pool.map(work, names), total=len(names), desc="compare", unit="tensor", disable=None)))
+    places = [place for name in names for place in (folder.place(name), folder.scale_place(name)) if place is not None]
     return Compared(
-        len(names), sum(folder.place(name).nbytes for name in names), sum(rounded for rounded, _ in results.values()),
+        len(names), sum(place.nbytes for place in places), sum(rounded for rounded, _ in results.values()),
         {name: difference for name, (_, difference) in results.items() if difference is not None},
     )
 

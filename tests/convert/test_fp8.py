@@ -69,6 +69,7 @@ def test_an_export_holds_what_quantising_each_matrix_gives_and_tells_it(made):
 def test_an_export_verifies_against_its_checkpoint_as_rounded(made):
     found = verify(made[1], made[2])
     assert found.quantised == len(PLAN.quantised) and found.digests and found.max_logit_difference is None
+    assert found.bytes == sum(tensor.nbytes for tensor in held(made[2]).values())
 
 
 def test_an_import_has_exactly_the_values_that_were_read(made, tmp_path):
