@@ -7,6 +7,7 @@ from rich.table import Table
 
 from glm.errors import RecipeError, UserError
 from glm.model.size import kv_bytes_per_token, parameters, training_flops_per_token
+from glm.plan.memory import StageStates, build_states, fits, room_bytes, stage_memory, suggest
 from glm.recipe.compose import Run, load_run
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.recipe.source import shown
@@ -19,30 +20,37 @@ LENGTHS = (4096, 32_768, 131_072)
 
 
 def check_runs(files: list[str], changes: list[str], *, as_json: bool) -> int:
-    """Reads every run file and prints what it amounts to. All are read; 2 if one of them is not valid."""
+    """Reads every run file and prints what it amounts to. All are read; 2 if one is not valid, 1 if a stage does not fit its devices."""
     files = files or [str(path) for path in sorted(_configs().glob("*.yaml"))]
-    wrong = []
+    runs, wrong = [], []
     for file in files:
         try:
-            summary = summarize(load_run(file, changes))
+            runs.append(load_run(file, changes))
         except UserError as problem:
             wrong.append(problem)
-            continue
+    trained = [{stage: recipe for stage, recipe in run.stages.items() if isinstance(recipe, ModelStageRecipe)} for run in runs]
+    states = iter(build_states([recipe for recipes in trained for recipe in recipes.values()]))
+    full = False
+    for run, recipes in zip(runs, trained):
+        memory = {stage: _memory(recipe, next(states)) for stage, recipe in recipes.items()}
+        full = full or any(entry["fits"] is False for entry in memory.values())
+        summary = summarize(run) | {"memory": memory}
         if as_json:
             print(json.dumps(summary))
         else:
             _print_summary(summary)
+            print_memory(memory)
     if len(wrong) == 1:
         raise wrong[0]
     if wrong:
         raise RecipeError(
             f"{len(wrong)} of {len(files)} run files", "\n\n".join(map(str, wrong)).replace("\n", "\n  "), "valid run files", "correct the above"
         )
-    return 0
+    return int(full)
 
 
 def summarize(run: Run) -> dict:
-    """The numbers ``glm check`` prints, as JSON values. ``flops_per_token`` maps sequence lengths to training FLOPs."""
+    """The numbers ``glm check`` prints of the model and its stages, as JSON values. ``flops_per_token`` maps sequence lengths to training FLOPs."""
     first = next(iter(run.stages.values()))
     model, counted = first.model, parameters(first.model)
     lengths = {length for length in LENGTHS if length <= model.max_position}
@@ -71,6 +79,28 @@ def summarize(run: Run) -> dict:
     }
 
 
+def _memory(recipe: ModelStageRecipe, states: list[StageStates]) -> dict:
+    """Bytes on the fullest rank of each pipeline stage, whether they fit, and what to change if not."""
+    ranks = stage_memory(recipe, states)
+    fitting = fits(recipe, ranks)
+    better = suggest(recipe, states) if fitting is False else None
+    return {
+        "device": recipe.device.name, "room_bytes": room_bytes(recipe), "fits": fitting, "recompute": recipe.recompute,
+        "suggestion": None if better is None else {"change": better.change, "total_bytes": better.total},
+        "ranks": [
+            {
+                "pipeline_rank": rank.states.pipeline_rank, "ranks": rank.states.ranks,
+                "layers": sum(chunk.dense_layers + chunk.expert_layers for chunk in rank.states.chunks),
+                "parameters": rank.states.parameters, "parameter_bytes": rank.states.parameter_bytes,
+                "gradient_bytes": rank.states.gradient_bytes, "optimizer_bytes": rank.states.optimizer_bytes,
+                "least_optimizer_bytes": rank.states.least_optimizer_bytes,
+                "activation_bytes": rank.activations, "working_bytes": rank.working, "total_bytes": rank.total,
+            }
+            for rank in ranks
+        ],
+    }
+
+
 def _print_summary(summary: dict) -> None:
     out, counted = console(), summary["parameters"]
     out.print(
@@ -92,6 +122,37 @@ def _print_summary(summary: dict) -> None:
     costs = (f"{flops / 1e9:,.4g} GFLOP at {int(length):,}" for length, flops in summary["flops_per_token"].items())
     out.print(f"training a token: {', '.join(costs)} tokens of context", highlight=False, soft_wrap=True)
     out.print(table)
+
+
+def print_memory(memory: dict[str, dict]) -> None:
+    """One row a pipeline stage, in GB of 10^9 bytes, then a line for each stage that does not fit."""
+    columns = ("parameter", "gradient", "optimizer", "activation", "working", "total")
+    table = Table(
+        "stage", "recompute", "pipeline", "ranks", "layers", "parameters", *(f"{name} GB" for name in columns), "fits",
+        title="memory of the fullest rank of each pipeline stage", title_justify="left",
+    )
+    verdicts = {True: "yes", False: "[bold red]no[/]", None: ""}
+    for stage, entry in memory.items():
+        for rank in entry["ranks"]:
+            fits_here = None if entry["room_bytes"] is None else rank["total_bytes"] <= entry["room_bytes"]
+            table.add_row(
+                stage, entry["recompute"], *(str(rank[key]) for key in ("pipeline_rank", "ranks", "layers")), short(rank["parameters"]),
+                *(f"{rank[f'{name}_bytes'] / 1e9:.1f}" for name in columns), verdicts[fits_here],
+            )
+    out = console()
+    out.print(table)
+    for stage, entry in memory.items():
+        if entry["fits"] is not False:
+            continue
+        fullest = max(entry["ranks"], key=lambda rank: rank["total_bytes"])
+        better = entry["suggestion"]
+        todo = "no neighbouring layout fits: use more ranks, or shorter sequences" if better is None else (
+            f"set {' '.join(f'{stage}.{key}={value}' for key, value in better['change'].items())} ({better['total_bytes'] / 1e9:.1f} GB)"
+        )
+        out.print(
+            f"{stage} does not fit: {fullest['total_bytes'] / 1e9:.1f} GB on pipeline stage {fullest['pipeline_rank']}, "
+            f"{entry['room_bytes'] / 1e9:.1f} GB free on {entry['device']}; {todo}", highlight=False, soft_wrap=True,
+        )
 
 
 def _configs() -> Path:

@@ -13,6 +13,7 @@ from glm.platform import active
 from glm.platform.ranks import place
 from glm.recipe.check import refuse_unproved
 from glm.recipe.schema import StageRecipe
+from glm.recipe.sections import Layout
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,7 @@ def start(recipe: StageRecipe) -> Runtime:
         else:
             dist.init_process_group(active().backend, rank=rank, world_size=world_size, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-        )
+        divide_ranks(layout)
     random.seed(recipe.seed)
     numpy.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
@@ -76,6 +70,24 @@ def start(recipe: StageRecipe) -> Runtime:
         world_size=world_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def divide_ranks(layout: Layout, *, gloo: bool = True) -> None:
+    """megatron's process groups for ``layout`` over the ranks of the process group that is there.
+
+    ``gloo``: also those groups over gloo that megatron keeps beside the device's own.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=gloo,
     )
 
 

@@ -23,7 +23,7 @@ TINY = "configs/glm45/tiny.yaml"
 VERBS = ("run", "show", "check", "chat", "doctor", "report")
 
 
-def glm(*words: str, seconds: float = 60) -> subprocess.CompletedProcess:
+def glm(*words: str, seconds: float = 240) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "glm.cli", *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}, capture_output=True,
         text=True, timeout=seconds, check=False,
@@ -96,14 +96,32 @@ def test_the_schedule_of_the_large_run_is_the_paper_s():
 
 def test_check_without_a_name_checks_every_run_file():
     summaries = {row["run"]: row for row in lines(glm("check", "--json"))}
-    assert set(summaries) == {"tiny", "air", "355b"}
+    assert set(summaries) == {"tiny", "air", "355b", "4b"}
     large = summaries["355b"]
     assert large["parameters"]["total"] == 356_785_884_416 and large["parameters"]["total_without_mtp"] == 352_797_814_784
     assert large["parameters"]["active"] == 34_034_191_616 and large["parameters"]["conventions"]["body and MTP"]["total"] == 355_233_991_936
     assert {"4096", "32768", "131072"} <= set(large["flops_per_token"]) and summaries["air"]["kv_bytes_per_token"] == 184 * 1024
+    memory = large["memory"]["pretrain_general"]
+    assert memory["fits"] is True and [rank["pipeline_rank"] for rank in memory["ranks"]] == [0, 1, 2, 3]
     general = next(stage for stage in summaries["air"]["stages"] if stage["stage"] == "pretrain_general")
     assert general["tokens"] == 15 * 10**12 == sum(general["tokens_per_source"].values()) and general["steps"] > 200_000
     assert "2,284,864 parameters" in glm("check", TINY).stdout
+
+
+def test_check_names_what_to_change_when_a_stage_does_not_fit():
+    done = glm("check", "configs/glm45/4b.yaml", "midtrain_long_context.recompute=none", "--json")
+    memory = json.loads(done.stdout)["memory"]
+    assert done.returncode == 1 and [stage for stage, entry in memory.items() if not entry["fits"]] == ["midtrain_long_context"]
+    assert memory["midtrain_long_context"]["suggestion"]["change"] == {"recompute": "selective"}
+    done = glm("check", "configs/glm45/4b.yaml", "midtrain_long_context.recompute=none")
+    assert "midtrain_long_context does not fit" in done.stdout and "set midtrain_long_context.recompute=selective" in done.stdout
+
+
+def test_check_takes_another_hardware_file():
+    done = glm("check", "configs/glm45/4b.yaml", "hardware=h200_8", "--json")
+    assert {entry["ranks"][0]["ranks"] for entry in lines(done)[0]["memory"].values()} == {8}
+    done = glm("check", "configs/glm45/355b.yaml", "hardware=h200_8")
+    assert done.returncode == 2 and "layout" in done.stderr
 
 
 def test_check_reads_all_files_and_names_every_wrong_one(tmp_path):

@@ -23,7 +23,7 @@ LAYERS = (
     ("glm.model", "glm.optim", "glm.data"),
     ("glm.checkpoint", "glm.weights", "glm.inference"),
     ("glm.train", "glm.convert"),
-    ("glm.rl",),
+    ("glm.rl", "glm.plan"),
     ("glm.launch",),
     ("glm.doctor", "glm.show"),
     ("glm.check",),

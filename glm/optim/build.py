@@ -11,8 +11,8 @@ from glm.errors import NumericsError
 from glm.optim.grad_norm import squared_norm
 from glm.optim.muon import BUCKET_ELEMENTS, HeadShape, muon_flops, muon_updates
 from glm.optim.ownership import Cost, owners
-from glm.optim.param_groups import param_groups, table, whole_model_sizes
-from glm.optim.placement import placement
+from glm.optim.param_groups import ParamGroup, param_groups, table, whole_model_sizes
+from glm.optim.placement import Placement, placement
 from glm.recipe.sections import Model, Muon
 
 
@@ -26,15 +26,15 @@ class TrainOptimizer:
     def __init__(self, named: list[tuple[str, torch.nn.Parameter]], settings: Muon, shape: Model):
         """``named``: this rank's parameters under the names they have in the whole model. Collective over all ranks."""
         self.settings = settings
-        self.heads = HeadShape(shape.num_attention_heads // shape.num_query_groups * shape.head_dim, shape.head_dim)
+        self.heads = HeadShape.of(shape)
         self.groups = param_groups(named, settings.frozen)
         self.device = named[0][1].device
         self.table = table(self.groups, whole_model_sizes(self.groups, self.device))
         """Which rule has how many parameters of the whole model, for the log."""
-        stepped = [(name, param, group.rule) for group in self.groups if group.rule != "frozen" for name, param in zip(group.names, group.params)]
+        stepped = with_rules(self.groups)
         self.params = [param for _, param, _ in stepped]
         self.places = {param: placement(param) for param in self.params}
-        self.owner = self._assign(stepped)
+        self.owner = assign_owners(stepped, self.places, self.heads, settings.newton_schulz_steps)
         self.owned = [param for param in self.params if self.owner[param] == self.places[param].copies.rank()]
         self.masters = {
             param: param.detach() if param.dtype == torch.float32 else param.detach().float().clone() for param in self.owned
@@ -45,20 +45,6 @@ class TrainOptimizer:
         }
         self.adamw = self._build_adamw()
         self.adamw_steps = 0
-
-    def _assign(self, stepped: list[tuple[str, torch.nn.Parameter, str]]) -> dict[torch.nn.Parameter, int]:
-        """The owner of each parameter, as a rank of the group of its copies."""
-        owner = {}
-        for copies in dict.fromkeys(place.copies for place in self.places.values()):
-            members = [item for item in stepped if self.places[item[1]].copies is copies]
-            costs = [self._cost(name, param, rule) for name, param, rule in members]
-            owner |= {param: rank for (_, param, _), rank in zip(members, owners(costs, copies.size()))}
-        return owner
-
-    def _cost(self, name: str, param: torch.nn.Parameter, rule: str) -> Cost:
-        state_bytes = (4 if rule == "muon" else 8) + (0 if param.dtype == torch.float32 else 4)
-        flops = muon_flops(name, param, self.places[param].cut, self.heads, self.settings.newton_schulz_steps) if rule == "muon" else 0
-        return Cost(flops, state_bytes * param.numel())
 
     def _build_adamw(self) -> torch.optim.AdamW | None:
         settings = self.settings.adamw
@@ -194,3 +180,28 @@ class TrainOptimizer:
         for param, master in self.masters.items():
             if param.dtype != torch.float32:
                 master.copy_(param.detach())
+
+
+def with_rules(groups: list[ParamGroup]) -> list[tuple[str, torch.nn.Parameter, str]]:
+    """(name, parameter, rule) of the parameters that are trained."""
+    return [(name, param, group.rule) for group in groups if group.rule != "frozen" for name, param in zip(group.names, group.params)]
+
+
+def assign_owners(
+    stepped: list[tuple[str, torch.nn.Parameter, str]], places: dict[torch.nn.Parameter, Placement], heads: HeadShape, steps: int,
+) -> dict[torch.nn.Parameter, int]:
+    """The owner of each parameter, as a rank of the group of its copies."""
+    owner = {}
+    for copies in dict.fromkeys(place.copies for place in places.values()):
+        members = [item for item in stepped if places[item[1]].copies is copies]
+        costs = [
+            Cost(muon_flops(name, param, places[param].cut, heads, steps) if rule == "muon" else 0, state_bytes(param, rule))
+            for name, param, rule in members
+        ]
+        owner |= {param: rank for (_, param, _), rank in zip(members, owners(costs, copies.size()))}
+    return owner
+
+
+def state_bytes(param: torch.nn.Parameter, rule: str) -> int:
+    """Momentum or two moments in fp32, and a master copy of what is not fp32."""
+    return ((4 if rule == "muon" else 8) + (0 if param.dtype == torch.float32 else 4)) * param.numel()

@@ -5,6 +5,7 @@ from typing import Callable
 
 import torch
 
+from glm.recipe.sections import Model
 from glm.optim.newton_schulz import Cut, newton_schulz, newton_schulz_flops, newton_schulz_shards
 
 
@@ -18,6 +19,10 @@ class HeadShape:
 
     queries: int
     head_dim: int
+
+    @classmethod
+    def of(cls, shape: Model) -> "HeadShape":
+        return cls(shape.num_attention_heads // shape.num_query_groups * shape.head_dim, shape.head_dim)
 
 
 def split_matrices(name: str, tensor: torch.Tensor, heads: HeadShape) -> tuple[list[torch.Tensor], Callable]:

@@ -1,0 +1,1 @@
+"""What a run needs of each rank, computed without the ranks."""
