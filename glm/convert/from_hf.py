@@ -47,23 +47,23 @@ def from_hf(
             str(checkpoint_folder), f"{len(there)} checkpoints, up to step {there[-1]}", "a folder without checkpoints",
             "choose a new folder",
         )
-    with HFFolder(hf_folder) as folder:
-        source = partial(fingerprint, folder.folder, _files_of(folder))
-        job = {"source": source(), "folder": str(folder.folder.absolute()), "params": params or folder.params, "digests": digests}
-        plan = _Plan(folder, job["params"])
-        final = checkpoint_folder / step_folder(0)
-        with Draft(checkpoint_folder / f".{final.name}.tmp", job, plan.files) as draft:
-            try:
-                write(draft, plan.pieces(digests), plan.prove, digests=digests, workers=workers, title="import")
-                if source() != job["source"]:
-                    raise CheckpointError(str(folder.folder), "it changed while it was read", "files that stay as they are", "begin again")
-            except CheckpointError:
-                draft.discard()  # what was copied came from a folder that must change
-                raise
-            _describe(draft, plan, digests)
-            draft.complete()
-        draft.folder.rename(final)
-        sync(checkpoint_folder)
+    folder = HFFolder(hf_folder)
+    source = partial(fingerprint, folder.folder, _files_of(folder))
+    job = {"source": source(), "folder": str(folder.folder.absolute()), "params": params or folder.params, "digests": digests}
+    plan = _Plan(folder, job["params"])
+    final = checkpoint_folder / step_folder(0)
+    with Draft(checkpoint_folder / f".{final.name}.tmp", job, plan.files) as draft:
+        try:
+            write(draft, plan.pieces(digests), plan.prove, digests=digests, workers=workers, title="import")
+            if source() != job["source"]:
+                raise CheckpointError(str(folder.folder), "it changed while it was read", "files that stay as they are", "begin again")
+        except CheckpointError:
+            draft.discard()  # what was copied came from a folder that must change
+            raise
+        _describe(draft, plan, digests)
+        draft.complete()
+    draft.folder.rename(final)
+    sync(checkpoint_folder)
     return final
 
 

@@ -54,12 +54,6 @@ class HFFolder:
         self.params: str = self._params()
         """``bf16`` when all but the routers are, else ``fp32``, which holds both. What is in FP8 is read in this type."""
 
-    def __enter__(self) -> "HFFolder":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
     @property
     def names(self) -> list[str]:
         """All tensors, copies included."""

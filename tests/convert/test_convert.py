@@ -182,8 +182,8 @@ def test_the_export_stage_writes_verifies_and_logs(run):
     recipe = ExportRecipe(name="t", stage="export", main="posttrain.export", run_folder=str(run), model=SHAPE, platform="host",
                           rotary_base=10_000, **{"from": "a_later_stage"})
     main(recipe)
-    with HFFolder(run / "export") as read:
-        assert read.shape == SHAPE
+    read = HFFolder(run / "export")
+    assert read.shape == SHAPE
     assert (run / "export/tokenizer.json").is_file()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["export/tensors"] for line in lines] == [181] and lines[0]["export/max_logit_difference"] < 1e-5

@@ -30,8 +30,8 @@ def in_bfloat16(weights: dict[str, torch.Tensor], but: tuple[str, ...] = ("corre
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    with HFFolder(folder) as read:
-        return {name: read.place(name).read() for name in read.names}
+    read = HFFolder(folder)
+    return {name: read.place(name).read() for name in read.names}
 
 
 def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
@@ -177,13 +177,13 @@ def test_an_export_in_fp8_is_what_quantising_the_tensors_gives_and_reads_back(tm
     to_hf(checkpoint, tmp_path / "out", fp8=True, max_shard_bytes=300_000)
     plan = fp8_plan(FP8_SHAPE)
     expected = dict(fp8_tensors(weights.items(), plan))
-    with HFFolder(tmp_path / "out") as found:
-        for name in weights:
-            assert torch.equal(found.place(name).read().view(torch.uint8), expected[name].view(torch.uint8)), name
-            if name in plan.quantised:
-                assert torch.equal(found.scale_place(name).read(), expected[scale_name(name)]), name
-        assert len(plan.quantised) > 100 and found.params == "bf16"
-        read = {name: found.get(name) for name in found.names}
+    found = HFFolder(tmp_path / "out")
+    for name in weights:
+        assert torch.equal(found.place(name).read().view(torch.uint8), expected[name].view(torch.uint8)), name
+        if name in plan.quantised:
+            assert torch.equal(found.scale_place(name).read(), expected[scale_name(name)]), name
+    assert len(plan.quantised) > 100 and found.params == "bf16"
+    read = {name: found.get(name) for name in found.names}
     again = from_hf(tmp_path / "out", tmp_path / "again")
     to_hf(again, tmp_path / "plain")
     assert differing(tensors(tmp_path / "plain"), read) == []

@@ -20,15 +20,15 @@ def main(folder: Path, out: Path, ep: int) -> None:
     from glm.weights.gather import hf_tensors, load_hf_tensors
     from glm.weights.hf_reader import HFFolder
 
-    with HFFolder(folder) as weights:
-        shape, layout = weights.shape, Layout(ep=ep)
-        runtime = runtimes.start(StageRecipe(
-            name="test", stage="test", main="none", run_folder=str(out), model=shape, platform="host", layout=layout,
-            launcher={"ranks_per_node": ep},
-        ))
-        asked = []
-        chunks = build_chunks(transformer_config(shape, layout=layout), shape, rotary_base=weights.rotary_base)
-        load_hf_tensors(chunks, shape, lambda name: (asked.append(name), weights.get(name))[1])
+    weights = HFFolder(folder)
+    shape, layout = weights.shape, Layout(ep=ep)
+    runtime = runtimes.start(StageRecipe(
+        name="test", stage="test", main="none", run_folder=str(out), model=shape, platform="host", layout=layout,
+        launcher={"ranks_per_node": ep},
+    ))
+    asked = []
+    chunks = build_chunks(transformer_config(shape, layout=layout), shape, rotary_base=weights.rotary_base)
+    load_hf_tensors(chunks, shape, lambda name: (asked.append(name), weights.get(name))[1])
     experts = {name.split(".experts.")[1].split(".")[0] for name in asked if ".mlp.experts." in name}
     assert len(experts) == shape.num_experts // ep, f"rank {runtime.rank} read experts {sorted(experts)}"
     on_first = {name: tensor.clone() for name, tensor in hf_tensors(chunks, shape)}

@@ -31,9 +31,9 @@ def folder(tmp_path, weights):
 
 
 def test_what_is_written_is_read(folder, weights):
-    with HFFolder(folder) as read:
-        assert read.shape == SHAPE and read.rotary_base == 10_000 and read.params == "fp32"
-        assert all(torch.equal(read.get(name), tensor) for name, tensor in weights.items())
+    read = HFFolder(folder)
+    assert read.shape == SHAPE and read.rotary_base == 10_000 and read.params == "fp32"
+    assert all(torch.equal(read.get(name), tensor) for name, tensor in weights.items())
 
 
 def test_shards_stay_below_the_limit_and_the_index_names_them(folder, weights):
@@ -100,8 +100,8 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(folder, weights
 
 def test_an_earlier_export_is_replaced_and_a_folder_of_something_else_is_not(folder, weights):
     write_folder(folder, weights.items(), SHAPE, rotary_base=20_000)
-    with HFFolder(folder) as read:
-        assert read.rotary_base == 20_000
+    read = HFFolder(folder)
+    assert read.rotary_base == 20_000
     assert not list(folder.glob("model-*"))
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no earlier export"):
@@ -128,10 +128,10 @@ def test_a_flipped_bit_is_told_with_the_tensor(folder):
     tensors = load_file(file)
     tensors[name].view(torch.int32)[0, 0] ^= 1
     save_file(tensors, file)
-    with HFFolder(folder) as read:
-        read.get("model.norm.weight")
-        with pytest.raises(CheckpointError, match=name):
-            read.get(name)
+    read = HFFolder(folder)
+    read.get("model.norm.weight")
+    with pytest.raises(CheckpointError, match=name):
+        read.get(name)
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -149,24 +149,24 @@ def test_missing_unknown_and_unsupported_tensors_are_named(tmp_path, weights, ch
 
 def test_copies_in_the_mtp_layer_must_equal_the_trunk(tmp_path, weights):
     originals = {copy: weights[original].clone() for copy, original in copies(SHAPE).items()}
-    with HFFolder(write_hf_folder(tmp_path / "same", SHAPE, weights | originals)) as read:
-        read.check_copies()
+    read = HFFolder(write_hf_folder(tmp_path / "same", SHAPE, weights | originals))
+    read.check_copies()
     originals["model.layers.4.shared_head.head.weight"][3, 3] += 1e-3
-    with HFFolder(write_hf_folder(tmp_path / "other", SHAPE, weights | originals)) as read:
-        with pytest.raises(CheckpointError, match=r"model\.layers\.4\.shared_head\.head\.weight\n.*differs from lm_head\.weight"):
-            read.check_copies()
+    read = HFFolder(write_hf_folder(tmp_path / "other", SHAPE, weights | originals))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.shared_head\.head\.weight\n.*differs from lm_head\.weight"):
+        read.check_copies()
 
 
 def test_copies_are_written_on_request(tmp_path, weights):
     write_folder(tmp_path / "export", weights.items(), SHAPE, rotary_base=10_000, with_copies=True)
-    with HFFolder(tmp_path / "export") as read:
-        assert set(read.names) == {*weights, *copies(SHAPE)}
-        read.check_copies()
+    read = HFFolder(tmp_path / "export")
+    assert set(read.names) == {*weights, *copies(SHAPE)}
+    read.check_copies()
 
 
 def test_a_bfloat16_folder_with_float32_router_biases_is_bfloat16(tmp_path, weights):
     rounded = {name: tensor if name.endswith("_bias") else tensor.bfloat16() for name, tensor in weights.items()}
     write_folder(tmp_path / "export", rounded.items(), SHAPE, rotary_base=10_000)
     assert json.loads((tmp_path / "export/config.json").read_text())["dtype"] == "bfloat16"
-    with HFFolder(tmp_path / "export") as read:
-        assert read.params == "bf16" and read.get("model.layers.1.mlp.gate.e_score_correction_bias").dtype is torch.float32
+    read = HFFolder(tmp_path / "export")
+    assert read.params == "bf16" and read.get("model.layers.1.mlp.gate.e_score_correction_bias").dtype is torch.float32
