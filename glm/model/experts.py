@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 
 from glm.model.gated import swiglu_backward
-from glm.model.gradients import adds_in_place
+from glm.model.gradients import adds_in_place, take_stale
 
 
 class StackedExperts(MegatronModule):
@@ -23,7 +23,7 @@ class StackedExperts(MegatronModule):
 
     in_place = False
     """Weight gradients expert by expert into the gradient buffer: fewer bytes, but the host must know how many tokens each
-    expert has, and a GPU would wait for it. Set by the recipe's kernels.experts."""
+    expert has, and a GPU would wait for it. Set from the recipe's kernels.experts."""
 
     def __init__(self, num_local_experts, config, submodules=None, pg_collection=None):
         super().__init__(config=config)
@@ -42,6 +42,12 @@ class StackedExperts(MegatronModule):
             parameter.tensor_model_parallel = self.etp_size > 1
             parameter.partition_dim = dimension if self.etp_size > 1 else -1
             parameter.partition_stride = 1
+
+    def add_in_place(self, in_place: bool) -> None:
+        """See ``in_place``; before DistributedDataParallel's first step."""
+        self.in_place = in_place
+        for parameter in self.parameters():
+            parameter.owns_buffer = in_place
 
     def forward(self, hidden_TH, tokens_per_expert, probs_T):
         """Returns ([T, H], None): the routing weight is applied between the two products, as upstream does."""
@@ -105,6 +111,7 @@ def _weight_gradient(weight_EOI, grad_TO, input_TI, ends, counts: list[int] | No
     """[E, O, I], each expert's grad^T @ input; or None when it was added to ``main_grad``, expert by expert."""
     if counts is None or not adds_in_place(weight_EOI, grad_TO):
         return F.grouped_mm(grad_TO.t(), input_TI, offs=ends)
+    beta = 0 if take_stale(weight_EOI) else 1
     for total_OI, grad, one in zip(weight_EOI.main_grad.unbind(0), grad_TO.split(counts), input_TI.split(counts)):
-        total_OI.addmm_(grad.t(), one)
+        total_OI.addmm_(grad.t(), one, beta=beta)
     return None

@@ -40,9 +40,23 @@ class _Undivided:
         return _Linear.apply(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
 
 
+def _mark(linear) -> None:
+    """All gradients of the weight come from ``_Linear`` unless upstream's function is taken, which depends on the layout alone."""
+    config = linear.config
+    linear.weight.owns_buffer = config.tensor_model_parallel_size == 1 and not config.gradient_accumulation_fusion
+
+
 class ColumnLinear(_Undivided, ColumnParallelLinear):
     """ColumnParallelLinear."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _mark(self)
 
 
 class RowLinear(_Undivided, RowParallelLinear):
     """RowParallelLinear."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _mark(self)

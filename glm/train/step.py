@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from glm.model import gradients
 from glm.model.build import build_chunks
 from glm.model.chunks import named_modules, named_parameters
 from glm.model.config import stage_config
@@ -54,7 +55,7 @@ class Trainer:
         modules = named_modules(self.chunks)
         for _, module in modules:
             if isinstance(module, StackedExperts):
-                module.in_place = recipe.kernels.experts == "host"
+                module.add_in_place(recipe.kernels.experts == "host")
         self.routers = [(name, module) for name, module in modules if hasattr(module, "expert_bias")]
         self.parallel = [self._data_parallel(chunk) for chunk in self.chunks]
         self.optimizer = TrainOptimizer(named_parameters(self.chunks), recipe.optimizer, recipe.model)
@@ -114,7 +115,7 @@ class Trainer:
         for chunk, parallel in zip(self.chunks, self.parallel):
             chunk.train()
             chunk.mtp_weight = 0.0 if "mtp" in self.recipe.optimizer.frozen else mtp_weight
-            parallel.zero_grad_buffer()
+            gradients.begin(parallel)
         self.config.moe_router_bias_update_rate = bias_update_rate
         return self._run(batches, loss, forward_only=False)
 
@@ -188,6 +189,8 @@ class Trainer:
         dist.all_reduce(self._load, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
         if self.recipe.layout.pp > 1:
             dist.all_reduce(self._load, group=parallel_state.get_pipeline_model_parallel_group())
+        for parallel in self.parallel:
+            gradients.finish(parallel)
         finalize_model_grads(model, None, **kwargs)
 
 

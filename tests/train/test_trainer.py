@@ -157,3 +157,22 @@ def test_buffers_hold_the_gradient_that_autograd_gives_without_them(experts):
         expected = free[name].grad / 32
         error = (parameter.main_grad - expected).norm() / expected.norm()
         assert error.item() < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("mtp_weight", [0.3, 0.0])
+def test_nothing_of_one_step_is_left_in_the_gradients_of_the_next(mtp_weight):
+    """Buffers that a step overwrites are not filled with zeros before it, also of experts and of an MTP layer without a token."""
+    used, fresh = (trainer(kernels={"attention": "sdpa", "experts": "host"}) for _ in range(2))
+    used.accumulate([batch([20, 12], seed=1), batch([9], seed=2)], next_token_loss, mtp_weight=0.3, bias_update_rate=0.0)
+    few = [batch([2], seed=3), batch([3], seed=4)]
+    for one in (used, fresh):
+        for parameter in one.optimizer.params:
+            parameter.main_grad.add_(1.0)
+        one.accumulate(few, next_token_loss, mtp_weight=mtp_weight, bias_update_rate=0.0)
+    gradients = {name: parameter.main_grad for name, parameter in named_parameters(used.chunks)}
+    for name, parameter in named_parameters(fresh.chunks):
+        assert torch.equal(gradients[name], parameter.main_grad), name
+        assert gradients[name].abs().max() < 1, name
+    assert any(getattr(parameter, "owns_buffer", False) for parameter in used.optimizer.params)
+    if mtp_weight == 0.0:
+        assert not gradients["mtp.layers.0.eh_proj.weight"].any()
