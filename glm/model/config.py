@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from glm.errors import RecipeError
 from glm.platform import active
-from glm.recipe.schema import ModelStageRecipe, RLRecipe
+from glm.recipe.schema import ModelStageRecipe
 from glm.recipe.sections import Layout, Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,13 +31,11 @@ def transformer_config(
     recompute: str = "none",
     sequence_balance_weight: float = 0.0,
     adds_gradients: bool = False,
-    lengths_vary: bool = False,
     upstream: dict[str, object] | None = None,
 ):
     """TransformerConfig of GLM-4.5 in the shape of ``model``.
 
-    ``adds_gradients``: the platform's. ``lengths_vary``: micro-batches of a step differ in length (packed samples of RL), and
-    pipeline stages tell each other. ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
+    ``adds_gradients``: the platform's. ``upstream`` (recipe section ``megatron:``) sets further fields; a key that does not exist or that the recipe owns
     raises RecipeError.
     """
     from megatron.core.transformer import TransformerConfig
@@ -110,7 +108,6 @@ def transformer_config(
         # on both sides are one rank, activations and gradients change places in silence (p2p_communication.py:57).
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        variable_seq_lengths=lengths_vary and layout.pp > 1,
     )
     _merge_upstream(fields, upstream or {}, {field.name for field in dataclasses.fields(TransformerConfig)})
     return TransformerConfig(**fields)
@@ -125,7 +122,6 @@ def stage_config(recipe: ModelStageRecipe):
         recompute=recipe.recompute,
         sequence_balance_weight=recipe.losses.sequence_balance_weight,
         adds_gradients=active().adds_gradients,
-        lengths_vary=isinstance(recipe, RLRecipe),
         upstream=recipe.megatron,
     )
 

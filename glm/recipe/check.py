@@ -35,7 +35,7 @@ def refuse_unproved(recipe: StageRecipe) -> None:
         return
     for key, found, allowed in (
         ("rollout.max_staleness", recipe.rollout.max_staleness, 0), ("engine.tp", recipe.engine.tp, 1),
-        ("schedule.clock", recipe.schedule.clock, "stage"), ("layout.vpp", recipe.layout.vpp, 1),
+        ("schedule.clock", recipe.schedule.clock, "stage"),
     ):
         if found != allowed:
             raise RecipeError(

@@ -6,11 +6,11 @@ from glm.train.batch import MicroBatch, packed_batch
 from glm.rl.types import TrainSample
 
 
-def deal(samples: list[TrainSample], ranks: int, tokens_per_batch: int) -> list[list[list[TrainSample]]]:
+def deal(samples: list[TrainSample], ranks: int, tokens_per_batch: int, count_multiple: int = 1) -> list[list[list[TrainSample]]]:
     """[rank][micro-batch][sample]: longest first, each to the rank with the fewest tokens; there into the first batch with room.
 
     No batch exceeds ``tokens_per_batch`` but for a single sample that does. Every rank gets the same number of batches, because
-    expert dispatch is collective: a rank with fewer gets ``blank`` ones.
+    expert dispatch is collective, and a multiple of ``count_multiple``: a rank with fewer gets ``blank`` ones.
     """
     order = sorted(range(len(samples)), key=lambda index: (-len(samples[index].token_ids), index))
     shares: list[list[TrainSample]] = [[] for _ in range(ranks)]
@@ -21,6 +21,7 @@ def deal(samples: list[TrainSample], ranks: int, tokens_per_batch: int) -> list[
         loads[lightest] += len(samples[index].token_ids)
     dealt = [_first_fit(share, tokens_per_batch) for share in shares]
     count = max(len(batches) for batches in dealt)
+    count += -count % count_multiple
     return [batches + [[blank(samples[-1])]] * (count - len(batches)) for batches in dealt]
 
 

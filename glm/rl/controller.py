@@ -117,7 +117,8 @@ def rewind_samples(path: Path, step: int) -> None:
 def broadcast_samples(samples: list[TrainSample], recipe: RLRecipe, runtime: Runtime) -> list[list[TrainSample]]:
     """Rank 0's samples, dealt; returns this rank's micro-batches (empty on all ranks when nothing can be learned)."""
     tokens = recipe.batch.micro_batch_size * recipe.sequence_length
-    dealt = [deal(samples, runtime.dp_size, tokens) if samples else None] if runtime.is_first else [None]
+    in_turn = recipe.layout.pp if recipe.layout.vpp > 1 else 1    # micro-batches that the interleaved schedule takes at a time
+    dealt = [deal(samples, runtime.dp_size, tokens, in_turn) if samples else None] if runtime.is_first else [None]
     dist.broadcast_object_list(dealt, src=0)
     return dealt[0][runtime.dp_rank] if dealt[0] else []
 

@@ -50,8 +50,8 @@ def packed_batch(
     return _whole(joined(token_ids), joined(labels), joined(loss_mask), positions, lengths, extra, "packed", device)
 
 
-def micro_batches(rows, micro_batch_size: int, packed: bool, device: torch.device) -> list[MicroBatch]:
-    """Cuts this rank's rows of a step into forward passes of ``micro_batch_size`` rows."""
+def micro_batches(rows, micro_batch_size: int, packed: bool, device: torch.device, *, multiple_of: int = 1) -> list[MicroBatch]:
+    """Cuts this rank's rows of a step into forward passes of ``micro_batch_size`` rows, packs padded to ``multiple_of``."""
     batches = []
     for first in range(0, len(rows), micro_batch_size):
         some = rows[first:first + micro_batch_size]
@@ -59,7 +59,7 @@ def micro_batches(rows, micro_batch_size: int, packed: bool, device: torch.devic
             [torch.as_tensor(getattr(row, name)) for row in some] for name in ("token_ids", "labels", "loss_mask")
         ]
         if packed:
-            batches.append(packed_batch(*tensors, [n for row in some for n in row.document_lengths], device))
+            batches.append(packed_batch(*tensors, [n for row in some for n in row.document_lengths], device, multiple_of=multiple_of))
         else:
             batches.append(plain_batch(*tensors, device))
     return batches

@@ -15,12 +15,12 @@ from glm.metrics.log import MetricLog
 from glm.recipe.compose import dump_recipe
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.runtime import Runtime
-from glm.train.batch import micro_batches
-from glm.train.plan import Progress, StepPlan, count_steps, plan_step
+from glm.train.batch import MicroBatch, micro_batches
+from glm.train.plan import Progress, StepPlan, count_steps, plan_step, whole_micro_batches
 from glm.train.step import StepOutcome, Trainer, next_token_loss
 
 VALIDATION_ROWS = 32
-"""At least; every rank takes as many."""
+"""At least; every rank takes as many whole micro-batches."""
 
 
 def train(recipe: TrainRecipe) -> None:
@@ -47,8 +47,7 @@ def train(recipe: TrainRecipe) -> None:
             plan = plan_step(recipe, progress)
             rows = batches.rows(*share(progress.stage_tokens // recipe.sequence_length, plan.num_sequences, runtime))
             outcome = trainer.step(
-                micro_batches(rows, recipe.batch.micro_batch_size, recipe.data.packing == "best_fit", trainer.device),
-                next_token_loss, lr=plan.lr, mtp_weight=plan.mtp_weight, bias_update_rate=plan.bias_update_rate,
+                forward_passes(rows, trainer, recipe), next_token_loss, lr=plan.lr, mtp_weight=plan.mtp_weight, bias_update_rate=plan.bias_update_rate,
             )
             progress = progress.after(plan)
             log.line(progress.step, step_metrics(plan, progress, outcome, time.perf_counter() - started))
@@ -69,12 +68,15 @@ def share(first: int, count: int, runtime: Runtime) -> tuple[int, int]:
 
 def validate(trainer: Trainer, recipe: TrainRecipe, batches: Batches, runtime: Runtime) -> float:
     """Mean loss a token on held-out rows."""
-    rows = batches.validation_rows(-(-VALIDATION_ROWS // runtime.dp_size) * runtime.dp_size)
+    unit = whole_micro_batches(recipe)
+    rows = batches.validation_rows(-(-VALIDATION_ROWS // unit) * unit)
     mine = rows[runtime.dp_rank::runtime.dp_size]
+    return trainer.evaluate(forward_passes(mine, trainer, recipe), next_token_loss)["loss"]
+
+
+def forward_passes(rows, trainer: Trainer, recipe: TrainRecipe) -> list[MicroBatch]:
     packed = recipe.data.packing == "best_fit"
-    return trainer.evaluate(
-        micro_batches(mine, recipe.batch.micro_batch_size, packed, trainer.device), next_token_loss
-    )["loss"]
+    return micro_batches(rows, recipe.batch.micro_batch_size, packed, trainer.device, multiple_of=trainer.row_multiple)
 
 
 def restore(trainer: Trainer, recipe: ModelStageRecipe, folder: RunFolder, runtime: Runtime) -> Progress:

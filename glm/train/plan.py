@@ -13,7 +13,10 @@ from glm.recipe.check import data_parallel_size
 from glm.recipe.schema import ModelStageRecipe, RLRecipe, TrainRecipe
 from glm.recipe.sections import Schedule
 
-__all__ = ["Progress", "StepPlan", "count_steps", "data_parallel_size", "lr_at", "plan_step", "progress_at", "schedule_table", "stage_steps"]
+__all__ = [
+    "Progress", "StepPlan", "count_steps", "data_parallel_size", "lr_at", "plan_step", "progress_at", "schedule_table", "stage_steps",
+    "whole_micro_batches",
+]
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,15 @@ def schedule_table(recipe: ModelStageRecipe, rows: int = 8) -> list[StepPlan]:
 
 def _num_sequences(recipe: ModelStageRecipe, run_tokens: int) -> int:
     wanted = recipe.batch.tokens_at(run_tokens) / recipe.sequence_length
-    ranks = data_parallel_size(recipe)
-    layout = recipe.layout
-    whole = ranks * recipe.batch.micro_batch_size * (layout.pp if layout.vpp > 1 else 1)    # interleaving takes pp micro-batches in turn
-    unit = whole if wanted >= whole or layout.vpp > 1 else ranks
+    whole = whole_micro_batches(recipe)
+    unit = whole if wanted >= whole or recipe.layout.vpp > 1 else data_parallel_size(recipe)
     return max(1, round(wanted / unit)) * unit
+
+
+def whole_micro_batches(recipe: ModelStageRecipe) -> int:
+    """Sequences of the smallest step in which every rank has whole micro-batches; interleaved stages take pp of them in turn."""
+    layout = recipe.layout
+    return data_parallel_size(recipe) * recipe.batch.micro_batch_size * (layout.pp if layout.vpp > 1 else 1)
 
 
 def _stage_tokens(recipe: ModelStageRecipe) -> int:

@@ -75,8 +75,13 @@ class Trainer:
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a packed row must divide by under this layout."""
-        layout = self.recipe.layout
+        """What the length of a packed row must divide by under this layout.
+
+        Pipeline stages expect micro-batches of one length: there every pack is padded to whole rows of the recipe.
+        """
+        layout, recipe = self.recipe.layout, self.recipe
+        if layout.pp > 1:
+            return recipe.batch.micro_batch_size * recipe.sequence_length
         return layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
 
     def set_head(self, *, mtp_detached: bool, temperature: float) -> None:

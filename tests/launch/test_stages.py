@@ -88,7 +88,7 @@ def test_a_stage_without_its_parent_says_which_one_is_missing(runs):
 
 
 @pytest.mark.parametrize(("override", "found"), [
-    ("sft_cold_start.kernels.attention=te", "te with platform: host"), ("rl_reasoning.layout={pp: 2, vpp: 2, ep: 1}", "2"), ("rl_reasoning.engine.tp=2", "2"),
+    ("sft_cold_start.kernels.attention=te", "te with platform: host"), ("rl_reasoning.engine.tp=2", "2"),
     ("rl_reasoning.rollout.max_staleness=1", "1"), ("export.logging.wandb=offline", "offline, but wandb is not installed"),
 ])
 def test_what_a_later_stage_would_be_refused_for_is_refused_before_the_first_one(runs, override, found, monkeypatch):
