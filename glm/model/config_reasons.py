@@ -54,7 +54,6 @@ SET = (
     _reason("sequence_parallel", "with tensor parallelism always: norms and residuals are then divided too", "ours"),
     _reason("overlap_p2p_comm batch_p2p_comm", "interleaved stages send without batching: batched messages of two stages change places in silence",
             "p2p_communication.py:57"),
-    _reason("variable_seq_lengths", "in a pipeline, where packs differ in length", "ours"),
 )
 """Fields that glm.model.config sets."""
 
@@ -99,6 +98,7 @@ KEPT = (
             "activations are recomputed rather than moved", "ours"),
     _reason("num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage account_for_embedding_in_pipeline_split "
             "account_for_loss_in_pipeline_split mtp_standalone", "layout.pipeline_layers says it all", "ours"),
+    _reason("variable_seq_lengths", "all packs of a pipeline's step are made of one length", "ours"),
     _reason("microbatch_group_size_per_vp_stage", "as many as pipeline stages, upstream's choice", "ours"),
     _reason("pipeline_model_parallel_comm_backend batch_p2p_sync use_ring_exchange_p2p overlap_p2p_comm_warmup_flush "
             "deallocate_pipeline_outputs defer_embedding_wgrad_compute wgrad_deferral_limit", "the plain pipeline schedule", "ours"),
