@@ -6,7 +6,8 @@ inner width, K experts a token:
 
     norm of width w        e w, and 4 for the root mean square     (on the host in bf16, where it is not one kernel: 8 w + 4)
     attention              norm(H) / t + e H / t + 2 e (N + G) D / t [query, key, value, output] + 4 N / t + 4 e rotated
-                           with a norm of query and key heads: that norm, and e (N + 2 G) D / t [qkv, which it reads]
+                           with a norm of query and key heads: 2 e (N + G) D / t + 4 (N + G) / t [the query's input, and qkv, which the
+                           key's is a view of]; on the host the norm of width (N + G) D
                            sdpa with documents or several rows: e N D / t [the output in the other order]
                            context parallel: keys and values of the whole row instead, 2 e G D cp / t
     dense feed-forward     e H / t + 3 e F / t          [input; gate and up, product]
@@ -62,12 +63,13 @@ class _Formula:
         self.e = BYTES[recipe.precision.params]
         self.tokens = recipe.batch.micro_batch_size * recipe.sequence_length // self.layout.cp
         self.shared = self.tokens / self.layout.tp    # sequence parallel between, heads or inner width inside the blocks
-        self.one_kernel_norm = recipe.platform != "host" or self.e == 4
+        self.norm_keeps_input = recipe.platform != "host"    # torch's kernel for GPUs; on the host what it made of it
+        self.norm_bytes = 8 if recipe.platform == "host" and self.e == 2 else self.e
         packed = isinstance(recipe, RLRecipe) or recipe.data.packing == "best_fit"
         self.copies_output = recipe.kernels.attention == "sdpa" and (packed or recipe.batch.micro_batch_size > 1)
 
     def norm(self, width: int) -> float:
-        return self.shared * ((self.e * width if self.one_kernel_norm else 8 * width) + 4)
+        return self.shared * (self.norm_bytes * width + 4)
 
     def hidden(self) -> float:
         return self.shared * self.e * self.model.hidden_size
@@ -76,16 +78,14 @@ class _Formula:
         model = self.model
         queries, keys = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
         means = 4 * (model.num_attention_heads + model.num_query_groups)
-        if self.one_kernel_norm:
-            return self.shared * (self.e * queries + means)    # the key's input is a view of qkv, the query's a copy
-        return self.shared * (8 * (queries + keys) + means)
+        if self.norm_keeps_input:
+            return self.shared * (self.e * (2 * queries + 2 * keys) + means)    # a copy of the query's input; the key's keeps all of qkv
+        return self.shared * (self.norm_bytes * (queries + keys) + means)
 
     def attention(self) -> float:
         model, e = self.model, self.e
         queries, keys = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
         kept = e * ((3 if self.copies_output else 2) * queries + 2 * keys * self.layout.cp) + 4 * model.num_attention_heads
-        if model.qk_norm and self.one_kernel_norm:
-            kept += e * (queries + 2 * keys)
         rotation = 4 * e * int(model.head_dim * model.rotary_percent) * self.tokens / self.recipe.batch.micro_batch_size
         return self.norm(model.hidden_size) + self.hidden() + self.shared * kept + rotation + (self.head_norms() if model.qk_norm else 0)
 
