@@ -7,7 +7,7 @@ inner width, K experts a token:
     norm of width w        e w, and 4 for the root mean square     (on the host in bf16, where it is not one kernel: 8 w + 4)
     attention              norm(H) / t + e H / t + 2 e (N + G) D / t [query, key, value, output] + 4 N / t + 4 e rotated
                            with a norm of query and key heads: 2 e (N + G) D / t + 4 (N + G) / t [the query's input, and qkv, which the
-                           key's is a view of]; on the host the norm of width (N + G) D
+                           key's is a view of]; on the host in bf16 the norm of width (N + G) D
                            sdpa with documents or several rows: e N D / t [the output in the other order]
                            context parallel: keys and values of the whole row instead, 2 e G D cp / t
     dense feed-forward     e H / t + 3 e F / t          [input; gate and up, product]
@@ -63,8 +63,8 @@ class _Formula:
         self.e = BYTES[recipe.precision.params]
         self.tokens = recipe.batch.micro_batch_size * recipe.sequence_length // self.layout.cp
         self.shared = self.tokens / self.layout.tp    # sequence parallel between, heads or inner width inside the blocks
-        self.norm_keeps_input = recipe.platform != "host"    # torch's kernel for GPUs; on the host what it made of it
-        self.norm_bytes = 8 if recipe.platform == "host" and self.e == 2 else self.e
+        self.norm_keeps_input = recipe.platform != "host" or self.e == 4
+        self.norm_bytes = self.e if self.norm_keeps_input else 8
         packed = isinstance(recipe, RLRecipe) or recipe.data.packing == "best_fit"
         self.copies_output = recipe.kernels.attention == "sdpa" and (packed or recipe.batch.micro_batch_size > 1)
 
