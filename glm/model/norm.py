@@ -25,15 +25,15 @@ class _InFewPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, eps):
         scale = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square_().mul_(1 / hidden.shape[-1]).add_(eps).rsqrt_()
-        normal = hidden * scale
-        ctx.save_for_backward(normal, weight, scale)
-        return normal * weight
+        ctx.save_for_backward(hidden, weight, scale)
+        return (hidden * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        """With n = x * scale and y = n * w: dn = dy * w, dx = scale * (dn - n * mean(dn * n)), dw = sum(dy * n)."""
-        normal, weight, scale = ctx.saved_tensors
+        """With n = x * scale: dn = dy * w, dx = scale * (dn - n * mean(dn * n)), dw = sum(dy * n)."""
+        hidden, weight, scale = ctx.saved_tensors
+        normal = hidden * scale
         product = (grad * normal).flatten(0, -2)
-        mean = torch.mv(product, weight).view(scale.shape).mul_(-1 / normal.shape[-1])
-        grad_hidden = (grad * weight).addcmul_(normal, mean).mul_(scale)
+        mean = torch.mv(product, weight).view(scale.shape).mul_(1 / hidden.shape[-1])
+        grad_hidden = (grad * weight).sub_(normal.mul_(mean)).mul_(scale)
         return grad_hidden, product.sum(0), None
