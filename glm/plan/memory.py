@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glm.errors import RecipeError
+from glm.errors import UserError
 from glm.plan.activations import Chunk, activations
-from glm.recipe.check import check_stage
+from glm.recipe.check import check_stage, refuse_unproved
 from glm.recipe.saved import dump_recipe
 from glm.recipe.schema import ModelStageRecipe, RLRecipe, TrainRecipe
 from glm.train.plan import Progress, data_parallel_size, plan_step
@@ -115,7 +115,8 @@ def suggest(recipe: ModelStageRecipe, states: Sequence[StageStates]) -> Suggesti
     First what costs only time on the same layout, then layouts near this one, from the one that changes least.
     """
     local = list(_local_changes(recipe))
-    layouts = [change for change in _layout_changes(recipe) if _valid(apply(recipe, change))]
+    runs = _allowed(recipe, to_run=True)    # what would not be run as it is need not be run when changed
+    layouts = [change for change in _layout_changes(recipe) if _allowed(apply(recipe, change), to_run=runs)]
     if found := _first_that_fits(recipe, local, [states] * len(local)):
         return found
     built = build_states([apply(recipe, layout) for layout in layouts])
@@ -167,10 +168,12 @@ def _layout_changes(recipe: ModelStageRecipe):
         yield change
 
 
-def _valid(recipe: ModelStageRecipe) -> bool:
+def _allowed(recipe: ModelStageRecipe, *, to_run: bool) -> bool:
     try:
         check_stage(recipe, {})
-    except RecipeError:
+        if to_run:
+            refuse_unproved(recipe)
+    except UserError:
         return False
     return True
 
