@@ -229,7 +229,7 @@ def test_the_sequence_balance_loss_is_that_of_the_report(chosen):
     router = routers_of(megatron_model(shape))[0].train()
     router.config.moe_aux_loss_coeff = weight
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))  # of the process: a Trainer before us leaves 1 / its tokens
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # of the process: a Trainer before us leaves 1 / its tokens
     hidden = torch.randn(S, B, HIDDEN, generator=torch.Generator().manual_seed(1))
     probs, _ = router(hidden)
     (probs * 0).sum().backward()

@@ -184,7 +184,7 @@ def our_outcome(model, shape: Model, batch: MicroBatch | tuple[Tensor, Tensor, T
         batch = plain_batch(*map(list, batch), torch.device("cpu"))
     model.mtp_weight = mtp_weight
     model.zero_grad()
-    MTPLossAutoScaler.set_loss_scale(torch.ones(()))  # of the process: a Trainer before us leaves 1 / its tokens
+    MTPLossAutoScaler.set_loss_scale(torch.ones(1))  # of the process: a Trainer before us leaves 1 / its tokens
     losses = model(
         input_ids=batch.token_ids, position_ids=batch.position_ids, attention_mask=None, labels=batch.labels,
         loss_mask=batch.loss_mask, packed_seq_params=batch.documents,
