@@ -39,14 +39,17 @@ def test_recompute_is_suggested_before_smaller_micro_batches_and_the_suggestion_
 
 
 def test_another_layout_is_suggested_when_nothing_else_helps_and_it_fits():
-    one = stage(tiny_shape(num_layers=8), launcher={"ranks_per_node": 16}, layout={"pp": 2, "pipeline_layers": [5, 3]}, batch={"tokens": 4096})
+    one = stage(tiny_shape(num_layers=8), launcher={"ranks_per_node": 4}, layout={"pp": 2, "pipeline_layers": [5, 3]}, batch={"tokens": 4096})
     (states,) = build_states([one])
     least = max(rank.total for rank in stage_memory(apply(one, {"recompute": "full"}), states))
     found = suggest(apply(one, {"device.memory_bytes": least - 1}), states)
     assert found is not None and any(key.startswith("layout.") for key in found.change)
     changed = apply(one, found.change)
     assert max(rank.total for rank in stage_memory(changed, *build_states([changed]))) == found.total < least
-    assert suggest(apply(one, {"device.memory_bytes": 1000}), states) is None
+
+
+def test_nothing_is_suggested_where_nothing_helps():
+    assert suggest(stage(device={"memory_bytes": 1000}), STATES) is None
 
 
 @pytest.mark.parametrize("name", ["355b", "air", "4b"])
