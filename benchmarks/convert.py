@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -61,21 +62,20 @@ def main() -> None:
         root = Path(folder)
         total = write_source(root / "hf")
         largest = max(size for size in _sizes().values())
-        told = {"cp": [], "cp, then sync": []}
+        copies = []
         results: dict[str, list[dict]] = {}
         for _ in range(given.repeats):  # in turn, so that what else the machine does falls on all alike
-            seconds, synced = copy(root / "hf", root / "copy")
-            told["cp"].append(seconds)
-            told["cp, then sync"].append(synced)
+            copies.append(copy(root / "hf", root / "copy"))
             for digests in ("digests", "no digests"):
                 results.setdefault(f"from_hf, {digests}", []).append(convert("from_hf", root / "hf", root / "ck", digests))
                 results.setdefault(f"to_hf, {digests}", []).append(convert("to_hf", root / "ck", root / "out", digests))
                 compare(root / "hf", root / "out")
                 for name in ("ck", "out"):
                     shutil.rmtree(root / name)
-        report(total, largest, {name: min(values) for name, values in told.items()},
-               {name: min(values, key=lambda run: run["seconds"]) | {"memory": max(run["memory"] for run in values)}
-                for name, values in results.items()})
+        best = {key: min(copied[key] for copied in copies) for key in copies[0]}
+        report(total, largest, best, {
+            name: {key: (max if key == "memory" else min)(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
+        })
 
 
 def _sizes() -> dict[str, int]:
@@ -107,16 +107,17 @@ def write_source(folder: Path) -> int:
     return sum(sizes.values())
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds of cp, and of cp with the bytes brought to the disk, which the converters always do."""
+def copy(source: Path, target: Path) -> dict[str, float]:
+    """Seconds of cp, those it computed, and those until the bytes are on the disk, to which the converters always bring theirs."""
     os.sync()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    copied = time.perf_counter()
+    copied, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["sync", *map(str, target.iterdir())], check=True)
     synced = time.perf_counter()
     shutil.rmtree(target)
-    return copied - start, synced - start
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": copied - start, "cpu": cpu, "synced": synced - start}
 
 
 def convert(name: str, source: Path, target: Path, digests: str) -> dict:
@@ -142,13 +143,15 @@ def compare(source: Path, target: Path) -> None:
 def report(total: int, largest: int, copied: dict[str, float], results: dict[str, dict]) -> None:
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
           f"torch {version('torch')}; {total / 1e9:.2f} GB of tensors, the largest {largest / 1e6:.0f} MB\n")
-    print("| | seconds | GB/s | of cp | of cp and sync | × Megatron-Bridge | memory, largest tensors |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, seconds in copied.items():
-        print(f"| {name} | {seconds:.2f} | {total / seconds / 1e9:.2f} | | | | |")
+    print("| | seconds | GB/s | of cp | of cp and sync | CPU seconds | × Megatron-Bridge | memory, largest tensors |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| cp | {copied['seconds']:.2f} | {total / copied['seconds'] / 1e9:.2f} | | | {copied['cpu']:.2f} | | |")
+    print(f"| cp, then sync | {copied['synced']:.2f} | {total / copied['synced'] / 1e9:.2f} | | | | | |")
     for name, run in results.items():
         seconds = run["seconds"]
-        print(f"| {name} | {seconds:.2f} | {total / seconds / 1e9:.2f} | {copied['cp'] / seconds:.2f} "
-              f"| {copied['cp, then sync'] / seconds:.2f} | {total / seconds / 1e9 / BRIDGE_GB_PER_SECOND:.0f} | {run['memory'] / largest:.2f} |")
+        print(f"| {name} | {seconds:.2f} | {total / seconds / 1e9:.2f} | {copied['seconds'] / seconds:.2f} "
+              f"| {copied['synced'] / seconds:.2f} | {run['cpu']:.2f} | {total / seconds / 1e9 / BRIDGE_GB_PER_SECOND:.0f} "
+              f"| {run['memory'] / largest:.2f} |")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def write(
 
 
 def _write_all(draft: Draft, pieces: Iterable[Piece], prove: Callable[[Any], None], digests: bool, workers: int, title: str) -> None:
-    todo = [piece for piece in pieces if piece.name not in draft.done]
+    planned = list(pieces)
+    todo = [piece for piece in planned if piece.name not in draft.done]
+    total, left = (sum(piece.nbytes for piece in some) for some in (planned, todo))
     proofs, stop, local = _Once(prove), threading.Event(), threading.local()
 
     def work(piece: Piece) -> list[str]:
@@ -77,7 +79,7 @@ def _write_all(draft: Draft, pieces: Iterable[Piece], prove: Callable[[Any], Non
             local.buffer = memoryview(bytearray(BLOCK))
         return [_write(draft.folder, part, local.buffer, digests, stop) for part in piece.parts]
 
-    with tqdm(total=sum(piece.nbytes for piece in todo), desc=title, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=total, initial=total - left, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         with ThreadPoolExecutor(workers, thread_name_prefix=title) as pool:
             running: dict[Future, Piece] = {}
             finished: list[tuple[Piece, list[str]]] = []
