@@ -8,6 +8,7 @@ from glm.model.dispatch import use_local_dispatch
 from glm.model.gpt import Glm45Model
 from glm.model.layers import decoder_spec, mtp_spec
 from glm.model.shards import mark_shards
+from glm.model.vocabulary import padded_size
 from glm.platform import active
 from glm.recipe.sections import Model
 
@@ -24,7 +25,7 @@ def build_chunks(
     with device:
         chunks = [_chunk(config, model, rotary_base, attention, stage).to(device) for stage in ([None] if count is None else range(count))]
     for chunk in chunks:
-        mark_shards(chunk)
+        mark_shards(chunk, model.vocab_size)
     return chunks
 
 
@@ -32,7 +33,8 @@ def _chunk(config: TransformerConfig, model: Model, rotary_base: int, attention:
     built = Glm45Model(
         config,
         decoder_spec(config, attention, vp_stage),
-        vocab_size=model.vocab_size,
+        vocab_size=padded_size(model.vocab_size, config.tensor_model_parallel_size),
+        tokens=model.vocab_size,
         max_sequence_length=model.max_position,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -2,7 +2,8 @@
 
 Upstream's ``_postprocess`` (gpt_model.py:560) cannot return logits when the model has MTP layers (it clones absent
 labels), cannot cut the MTP gradient from the trunk, and divides the logged MTP loss per rank. Its rotation counts places of
-a row, not of a document, and under context parallelism wants every document cut separately. Both are replaced, nothing else.
+a row, not of a document, and under context parallelism wants every document cut separately. Both are replaced; a checkpoint
+leaves out the padding of the vocabulary.
 
 Legend: S sequence (of this rank), B batch, H hidden, V vocabulary (of this rank), D head dimension.
 """
@@ -13,6 +14,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from glm.model.documents import Documents, next_in_document
 from glm.model.head import token_losses
+from glm.model.vocabulary import TABLES, unpadded_table, without_padding
 
 
 class Glm45Model(GPTModel):
@@ -25,8 +27,10 @@ class Glm45Model(GPTModel):
     temperature: float = 1.0
     """Logits are divided by it before the loss, so that -loss is the logprob of a sample drawn at this temperature."""
 
-    def __init__(self, *args, rotary_base: int, rotary_percent: float, **kwargs):
+    def __init__(self, *args, tokens: int, rotary_base: int, rotary_percent: float, **kwargs):
+        """``tokens``: entries of the vocabulary; ``vocab_size`` counts the padding of tensor parallelism too."""
         super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.tokens = tokens
         self._rotated = int(self.config.kv_channels * rotary_percent)
         self._rotary_base = rotary_base
         self._mtp_loss: list[torch.Tensor] = []
@@ -39,6 +43,13 @@ class Glm45Model(GPTModel):
         """
         if self.mtp_process and not self.pre_process:
             self.embedding.word_embeddings.weight.shared_embedding = True
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Upstream's, embedding and head without the rows that no token has."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.tokens < self.vocab_size:
+            state |= {prefix + name: unpadded_table(state[prefix + name], self.tokens) for name in TABLES if prefix + name in state}
+        return state
 
     def take_mtp_loss(self) -> torch.Tensor:
         """float32 [2]: sum of the unweighted MTP losses since the last call and how many tokens, of this rank."""
@@ -71,7 +82,7 @@ class Glm45Model(GPTModel):
             hidden_states = self._with_mtp_loss(hidden_states, mtp_hidden, documents)
         if labels is None:
             logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True)
-            return logits_SBV.transpose(0, 1).contiguous()
+            return logits_SBV[..., :self.tokens].transpose(0, 1).contiguous()
         return self._losses(hidden_states, self.output_layer.weight, labels, self.temperature)
 
     def _losses(self, hidden_SBH, weight, labels_BS, temperature: float) -> torch.Tensor:
@@ -79,6 +90,7 @@ class Glm45Model(GPTModel):
         if self.config.tensor_model_parallel_size == 1:
             return token_losses(hidden_SBH.transpose(0, 1), weight, labels_BS, temperature)
         logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight)
+        logits_SBV = without_padding(logits_SBV, self.tokens)
         return self.compute_language_model_loss(labels_BS, logits_SBV if temperature == 1.0 else logits_SBV / temperature)
 
     def _mtp_hidden(self, hidden_SBH, documents: Documents, attention_mask, rotation, packed_seq_params) -> torch.Tensor:

@@ -86,7 +86,7 @@ def _check_layout(recipe: StageRecipe, require) -> None:
     )
     for what, number, key in (
         ("num_attention_heads", model.num_attention_heads, "tp"), ("num_query_groups", model.num_query_groups, "tp"),
-        ("vocab_size", model.vocab_size, "tp"), ("hidden_size", model.hidden_size, "tp"), ("dense_ffn_size", model.dense_ffn_size, "tp"),
+        ("hidden_size", model.hidden_size, "tp"), ("dense_ffn_size", model.dense_ffn_size, "tp"),
         ("width of the shared experts", model.num_shared_experts * model.expert_ffn_size, "tp"),
         ("num_experts", model.num_experts, "ep"), ("expert_ffn_size", model.expert_ffn_size, "etp"),
     ):

@@ -15,7 +15,7 @@ from glm.weights.gather import hf_tensors
 from tests.layout.cases import DOCUMENTS, LENGTH, ROWS, SEED, STEPS, Case
 from tests.model_fixture import tiny_shape
 
-SHAPE = tiny_shape()
+SHAPE = tiny_shape(vocab_size=321)
 RATES = {"mtp_weight": 0.3, "bias_update_rate": 1e-3}
 
 
