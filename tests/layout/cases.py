@@ -84,7 +84,7 @@ STEPS = 5
 ROWS, LENGTH = 8, 16
 DOCUMENTS = ((10, 6), (3, 1, 12), (16,), (5, 5, 4, 2))
 """Lengths of the documents of a packed row, row by row in turn."""
-SEED = {False: 137, True: 126}
+SEED = {False: 200, True: 207}
 """Of the data, plain and packed: in the single-rank run no token is so close between two experts that rounding could move it."""
 
 
