@@ -1,5 +1,6 @@
 """One rank: ``python -m tests.layout.rank OUT CASE...``, each case a JSON object; rank 0 writes OUT/NUMBER.pt."""
 
+import gc
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ def main(out: Path, cases: list[str]) -> None:
         if dist.get_rank() == 0:
             torch.save(vars(trained), out / f"{number}.pt")
         runtimes.stop()
+        gc.collect()    # the model's cycles hold process groups, whose threads wake up a hundred times a second
 
 
 if __name__ == "__main__":
