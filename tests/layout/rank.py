@@ -31,7 +31,7 @@ def main(out: Path, cases: list[str]) -> None:
         if dist.get_rank() == 0:
             torch.save(vars(trained), out / f"{number}.pt")
         runtimes.stop()
-        gc.collect()    # the model's cycles hold process groups, whose threads wake up a hundred times a second
+        gc.collect()    # cycles hold process groups, whose threads wake up a hundred times a second
 
 
 if __name__ == "__main__":
