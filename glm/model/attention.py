@@ -47,11 +47,8 @@ class SDPAttention(torch.nn.Module):
         if len(segments) == 1 and not groups:
             return self._segment(query_BNSD, key_BGRD, value_BGRD, segments[0])
         results = [self._segment(query_BNSD, key_BGRD, value_BGRD, segment) for segment in segments]
-        places = [torch.arange(segment.queries.start, segment.queries.stop, device=query_BNSD.device) for segment in segments]
-        for group in groups:
-            results.append(self._group(query_BNSD, key_BGRD, value_BGRD, group))
-            places.append(group.tokens)
-        return torch.cat(results, dim=2).index_select(2, torch.cat(places).argsort())
+        results += [self._group(query_BNSD, key_BGRD, value_BGRD, group) for group in groups]
+        return torch.cat(results, dim=2).index_select(2, documents.results)
 
     def _segment(self, query_BNSD, key_BGRD, value_BGRD, segment: Segment) -> torch.Tensor:
         """[B, N, queries of the segment, D]."""
@@ -67,7 +64,7 @@ class SDPAttention(torch.nn.Module):
         out = self._causal(
             documents(query_1NSD, group.queries), documents(key_1GRD, group.keys), documents(value_1GRD, group.keys),
         )
-        return out.transpose(1, 2)[group.real].transpose(0, 1)[None]
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, group.filled).transpose(0, 1)[None]
 
     def _causal(self, query, key, value) -> torch.Tensor:
         """The last query sees every key; with fewer queries than keys the first ones stand further down the diagonal."""

@@ -22,6 +22,8 @@ class DocumentGroup:
     queries: torch.Tensor
     keys: torch.Tensor
     real: torch.Tensor
+    filled: torch.Tensor
+    """int64 [real tokens]: the places of ``real``, counted through, document by document."""
     tokens: torch.Tensor
     """int64 [real tokens]: where the results go in this rank's row."""
 
@@ -44,6 +46,8 @@ class Documents(PackedSeqParams):
     """One row of documents, rather than rows that are one document each."""
     segments: list[Segment] = field(default_factory=list)
     groups: list[DocumentGroup] = field(default_factory=list)
+    results: torch.Tensor | None = None
+    """int64 [this rank's tokens]: where each one stands when the results of segments and groups are put one after the other."""
     order: torch.Tensor | None = None
     """int64 [whole row]: where each place of the row stands when the ranks' parts are put one after the other; None without cp."""
     mtp_token_ids: torch.Tensor | None = None
@@ -103,6 +107,12 @@ def lay_out(lengths: list[int], packed: bool, cp_rank: int = 0, cp_size: int = 1
     return segments, _grouped(fresh)
 
 
+def result_places(segments: list[Segment], groups: list[DocumentGroup]) -> torch.Tensor:
+    """``Documents.results`` of these attention calls."""
+    places = [torch.arange(segment.queries.start, segment.queries.stop) for segment in segments]
+    return torch.cat([*places, *(group.tokens for group in groups)]).argsort()
+
+
 def _grouped(fresh: list[tuple[int, int, int]]) -> list[DocumentGroup]:
     """(place on this rank, place in the row, length) of documents as groups, no more than about half padding: one a power of two."""
     buckets: dict[int, list[tuple[int, int, int]]] = {}
@@ -114,5 +124,5 @@ def _grouped(fresh: list[tuple[int, int, int]]) -> list[DocumentGroup]:
         column = torch.arange(int(sizes.max()))[None, :]
         inside = torch.minimum(column, sizes - 1)
         real = column < sizes
-        groups.append(DocumentGroup(here + inside, there + inside, real, (here + inside)[real]))
+        groups.append(DocumentGroup(here + inside, there + inside, real, real.flatten().nonzero().flatten(), (here + inside)[real]))
     return groups

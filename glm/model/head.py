@@ -52,7 +52,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N):
         hidden_NH, slope_NV, weight_VH = ctx.saved_tensors
-        scale = (grad_N / ctx.temperature).to(hidden_NH.dtype).unsqueeze(1)
+        scale = (grad_N / ctx.temperature).unsqueeze(1)    # stays fp32: rounded to bf16, one over the tokens would be off alike for all
         grad_hidden = (slope_NV @ weight_VH).mul_(scale) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_gradient(weight_VH, slope_NV.t(), hidden_NH * scale) if ctx.needs_input_grad[1] else None
+        grad_weight = weight_gradient(weight_VH, slope_NV.t(), (hidden_NH * scale).to(hidden_NH.dtype)) if ctx.needs_input_grad[1] else None
         return grad_hidden, grad_weight, None, None, None

@@ -9,6 +9,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 class SigmoidRouter(TopKRouter):
     """Sigmoid scores, choice by score plus bias, weights from the unbiased scores."""
 
+    trained_share: torch.Tensor | float = 1.0
+    """Tokens of this step's global batch that are trained on, over all of them. Gradients are divided by the former, the balance
+    loss counts the latter: without this factor its weight would grow with prompts, masks and padding."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.weight.data = self.weight.data.float()
@@ -56,7 +60,8 @@ class SigmoidRouter(TopKRouter):
         sequence by the tokens of one row only (moe_utils.py:231), so it shrinks by the rows of a micro-batch as well. It also
         adds the value to a table of the process, sized by the first model and read by nobody here.
         """
-        return MoEAuxLossAutoScaler.apply(activation, aux_loss * (activation.shape[0] * reduce_group.size()))
+        tokens = activation.shape[0] * reduce_group.size() * self.trained_share
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens)
 
     def _apply_expert_bias(self, routing_map, padding_mask=None):
         """Upstream's ``routing_map & ~padding_mask`` (router.py:542) is [T, E] & [T]."""

@@ -204,7 +204,7 @@ class Losses(Section):
     mtp_weight: NonNegative = 0.3
     """Weight of the MTP loss: 0.3 for 15T tokens, then 0.1 (P 2.4)."""
     sequence_balance_weight: NonNegative = 1e-4
-    """Weight of the sequence-level balance loss (P 2.4). A pack of documents counts as one sequence."""
+    """Weight of the sequence-level balance loss (P 2.4). The pack of a micro-batch counts as one sequence."""
 
 
 class Router(Section):

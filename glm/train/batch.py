@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from glm.model.documents import DocumentGroup, Documents, context_places, gathered_order, lay_out, next_in_document
+from glm.model.documents import DocumentGroup, Documents, context_places, gathered_order, lay_out, next_in_document, result_places
 
 
 @dataclass
@@ -105,7 +105,8 @@ def _whole(ids, labels, loss_mask, positions, lengths: list[int], extra, form: s
 def _documents(lengths: list[int], packed: bool, cp_rank: int, cp_size: int, device: torch.device) -> Documents:
     segments, groups = lay_out(lengths, packed, cp_rank, cp_size)
     moved = [
-        DocumentGroup(*(tensor.to(device) for tensor in (group.queries, group.keys, group.real, group.tokens)))
+        DocumentGroup(*(tensor.to(device) for tensor in (group.queries, group.keys, group.real, group.filled, group.tokens)))
         for group in groups
     ]
-    return Documents(qkv_format="sbhd", lengths=lengths, packed=packed, segments=segments, groups=moved)
+    results = result_places(segments, groups).to(device)
+    return Documents(qkv_format="sbhd", lengths=lengths, packed=packed, segments=segments, groups=moved, results=results)

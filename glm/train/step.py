@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from glm.model import gradients
+from glm.errors import DataError
 from glm.model.build import build_chunks
 from glm.model.chunks import named_modules, named_parameters
 from glm.model.config import stage_config
@@ -144,9 +145,15 @@ class Trainer:
         """Sums and counts of the metrics over all micro-batches and ranks."""
         cp_rank, cp_size = parallel_state.get_context_parallel_rank(), self.recipe.layout.cp
         parts = [context_part(batch, cp_rank, cp_size) for batch in batches]
-        tokens = torch.stack([part.loss_mask.sum() for part in parts]).double().sum()
-        dist.all_reduce(tokens, group=self._data_group)
-        self._tokens = tokens.clamp(min=1).float()
+        self._require_one_shape(parts)
+        counts = torch.stack([
+            torch.stack([part.loss_mask.sum() for part in parts]).double().sum(),
+            torch.tensor(sum(part.loss_mask.numel() for part in parts), dtype=torch.float64, device=self.device),
+        ])
+        dist.all_reduce(counts, group=self._data_group)
+        self._tokens = counts[0].clamp(min=1).float()
+        for _, router in self.routers:
+            router.trained_share = (counts[0] / counts[1]).float()
 
         def forward(iterator, model):
             batch = next(iterator)
@@ -162,6 +169,16 @@ class Trainer:
             micro_batch_size=batches[0].token_ids.shape[0], forward_only=forward_only,
         )
         return self._over_all_ranks(results)
+
+    def _require_one_shape(self, parts: list[MicroBatch]) -> None:
+        """Pipeline stages are told one shape before a step. Raises DataError for micro-batches that differ."""
+        shapes = sorted({tuple(part.token_ids.shape) for part in parts})
+        if self.recipe.layout.pp > 1 and len(shapes) > 1:
+            raise DataError(
+                f"{self.recipe.stage}: micro-batches of one step", f"shapes {shapes[0]} and {shapes[-1]}",
+                f"one shape with layout.pp {self.recipe.layout.pp}: stages agree on it before the step",
+                "a sample longer than batch.micro_batch_size x sequence_length does this: raise sequence_length, or set layout.pp=1",
+            )
 
     def _over_all_ranks(self, results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """``results`` of the micro-batches, which only the last pipeline stage has, summed for all."""

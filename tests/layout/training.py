@@ -16,7 +16,6 @@ from tests.layout.cases import DOCUMENTS, LENGTH, ROWS, SEED, STEPS, Case
 from tests.model_fixture import tiny_shape
 
 SHAPE = tiny_shape(vocab_size=321)
-RATES = {"mtp_weight": 0.3, "bias_update_rate": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,13 @@ class Trained:
     losses: list[float]
     mtp_losses: list[float]
     gradients: dict[str, Tensor]
+    """Of the first step."""
     weights: dict[str, Tensor]
+    """After the last."""
+    late_gradients: dict[str, Tensor]
+    """Of one step more."""
+    evaluation: float
+    """Loss of the trained weights on the batch of that step, without a gradient."""
     load: list[list[float]]
     margin: float
     """Smallest gap, over all tokens, layers and steps, between the last expert chosen and the first one not (of this rank)."""
@@ -58,6 +63,8 @@ def batches(case: Case, runtime: runtimes.Runtime, step: int) -> list[MicroBatch
     generator = torch.Generator().manual_seed(1000 * SEED[case.packed] + step)
     ids = torch.randint(SHAPE.vocab_size, (ROWS, LENGTH + 1), generator=generator)
     masks = (torch.rand(ROWS, LENGTH, generator=generator) > 0.2).float()
+    if case.bare:
+        masks.fill_(1)
     first, count = share(0, ROWS, runtime)
     made = []
     for at in range(first, first + count, case.micro_batch):
@@ -74,19 +81,29 @@ def batches(case: Case, runtime: runtimes.Runtime, step: int) -> list[MicroBatch
 def train(case: Case, **changes) -> Trained:
     """Runs ``case`` on all ranks."""
     one, runtime = trainer(case, **changes)
-    losses, mtp_losses, gradients, load = [], [], {}, []
     gaps = watch_margins(one)
-    for step in range(STEPS):
-        if step == 0:  # twice, so that the gradient is seen before the optimizer scales it
-            one.accumulate(batches(case, runtime, 0), next_token_loss, mtp_weight=RATES["mtp_weight"], bias_update_rate=0.0)
-            gradients = gathered_gradients(one)
-            [chunk.take_mtp_loss() for chunk in one.chunks]
-        outcome = one.step(batches(case, runtime, step), next_token_loss, lr=1e-2, **RATES)
-        losses.append(outcome.metrics["loss"])
-        mtp_losses.append(outcome.mtp_loss)
-        load = outcome.load
+    mtp_weight = 0.0 if case.bare else 0.3
+    gradients = first_gradients(one, batches(case, runtime, 0), mtp_weight)
+    outcomes = [
+        one.step(batches(case, runtime, step), next_token_loss, lr=1e-2, mtp_weight=mtp_weight, bias_update_rate=1e-3)
+        for step in range(STEPS)
+    ]
     weights = {name: tensor.clone() for name, tensor in hf_tensors(one.chunks, SHAPE)}
-    return Trained(losses, mtp_losses, gradients, weights, load, min(gaps, default=1.0))
+    late = first_gradients(one, batches(case, runtime, STEPS), mtp_weight)
+    return Trained(
+        losses=[outcome.metrics["loss"] for outcome in outcomes], mtp_losses=[outcome.mtp_loss for outcome in outcomes],
+        gradients=gradients, weights=weights, late_gradients=late,
+        evaluation=one.evaluate(batches(case, runtime, STEPS), next_token_loss)["loss"],
+        load=outcomes[-1].load, margin=min(gaps, default=1.0),
+    )
+
+
+def first_gradients(one: Trainer, micro_batches: list[MicroBatch], mtp_weight: float) -> dict[str, Tensor]:
+    """The gradient of a step before the optimizer scales it; the step itself is not done."""
+    one.accumulate(micro_batches, next_token_loss, mtp_weight=mtp_weight, bias_update_rate=0.0)
+    for chunk in one.chunks:
+        chunk.take_mtp_loss()
+    return gathered_gradients(one)
 
 
 def watch_margins(one: Trainer) -> list[float]:
