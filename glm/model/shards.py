@@ -35,6 +35,7 @@ class Shard:
         """The rank's part of ``whole``."""
         missing = -whole.shape[self.dim] % (self.size * self.blocks)
         if missing:
+            assert self.length is not None, f"{list(whole.shape)} in {self.size} parts of {self.blocks} blocks along {self.dim}"
             shape = [missing if dim == self.dim else length for dim, length in enumerate(whole.shape)]
             whole = torch.cat([whole, whole.new_zeros(shape)], dim=self.dim)
         parts = [block.chunk(self.size, dim=self.dim)[self.rank] for block in whole.chunk(self.blocks, dim=self.dim)]
