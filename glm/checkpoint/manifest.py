@@ -6,7 +6,6 @@ the tensor's name, and a reader of some tensors need not read the others.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,15 +142,6 @@ def range_digest(path: Path, offset: int, length: int) -> str:
             digest.update(buffer[:count])
             length -= count
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Returns when the file's bytes, or the folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _corrupt(path: Path, where: object, found: str, expected: str) -> None:

@@ -59,6 +59,15 @@ class RunFolder:
         return self.stage(stage) / "done.json"
 
 
+def sync(path: Path) -> None:
+    """Returns when the file's bytes, or the folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes beside ``path``, flushes to disk, renames: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
-from glm.checkpoint.manifest import sync
+from glm.checkpoint.run_folder import sync
 from glm.errors import CheckpointError, PlatformError
 
 JOURNAL = "journal.jsonl"
@@ -27,13 +28,8 @@ class Draft:
         self.folder = folder
         self.done: dict[str, list[str]] = {}
         """{piece: digests of its parts} of the pieces that need not be written again."""
-        journal = folder / JOURNAL
-        if folder.exists() and not journal.exists():
-            shutil.rmtree(folder)  # of a writer that does not continue
-        folder.mkdir(parents=True, exist_ok=True)
-        self._journal = journal.open("a+b")
+        self._journal = _locked_journal(folder)
         try:
-            self._lock()
             self._continue_or_begin(json.loads(json.dumps(job)))
             self._require_space(files)
             for name, size in files.items():
@@ -59,29 +55,26 @@ class Draft:
         self.done |= pieces
 
     def complete(self) -> None:
-        """Removes the journal; all else in the folder, and the folder itself, is on the disk then."""
+        """Returns when all in the folder, and the folder itself, is on the disk; it can be renamed then."""
         for path in self.folder.rglob("*"):
             sync(path)
-        (self.folder / JOURNAL).unlink()
         sync(self.folder)
 
-    def discard(self) -> None:
-        self._journal.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def published(self, final: Path) -> None:
+        """Removes the journal from the folder, which was renamed to ``final``: until then it tells others that all this is work done."""
+        (final / JOURNAL).unlink()
+        sync(final)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
-        except BlockingIOError:
-            raise CheckpointError(
-                str(self.folder), "another process is writing it", "one conversion to a place at a time", "wait for it, or end it",
-            ) from None
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._journal.close()  # last, as it holds the lock
 
     def _continue_or_begin(self, job: dict) -> None:
         self._journal.seek(0)
         lines = self._journal.read().split(b"\n")
         whole = lines[:-1]  # what follows the last line break was cut by the kill
         if not whole:
+            _remove_all_but_journal(self.folder)
             self._journal.truncate(0)
             self._journal.write(json.dumps(job).encode() + b"\n")
             return
@@ -104,6 +97,36 @@ class Draft:
                 str(self.folder), f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB",
                 "make room and run the same command again",
             )
+
+
+def _locked_journal(folder: Path) -> BinaryIO:
+    """The open journal of ``folder``, both made if need be, in a folder that no other process writes or renames meanwhile."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / JOURNAL
+        try:
+            journal = path.open("a+b")
+        except FileNotFoundError:
+            continue  # the folder was published or discarded since it was there
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+        except BlockingIOError:
+            journal.close()
+            raise CheckpointError(
+                str(folder), "another process is writing it", "one conversion to a place at a time", "wait for it, or end it",
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(journal.fileno()), path.stat()):
+            return journal
+        journal.close()  # that of a folder published or discarded between opening and locking
+
+
+def _remove_all_but_journal(folder: Path) -> None:
+    """What a writer that does not continue left."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != JOURNAL:
+            path.unlink()
 
 
 def fingerprint(folder: Path, names: list[str]) -> dict[str, list[int]]:

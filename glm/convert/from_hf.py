@@ -9,8 +9,8 @@ from typing import Iterator
 import torch
 
 from glm.checkpoint import torch_dist
-from glm.checkpoint.manifest import MANIFEST, CheckpointInfo, checkpoint_steps, range_digest, step_folder, sync
-from glm.checkpoint.run_folder import write_json
+from glm.checkpoint.manifest import MANIFEST, CheckpointInfo, checkpoint_steps, range_digest, step_folder
+from glm.checkpoint.run_folder import sync, write_json
 from glm.checkpoint.torch_dist import Item, Stored
 from glm.convert.draft import Draft, fingerprint
 from glm.convert.pieces import Part, Piece, write
@@ -62,8 +62,9 @@ def from_hf(
             raise
         _describe(draft, plan, digests)
         draft.complete()
-    draft.folder.rename(final)
-    sync(checkpoint_folder)
+        draft.folder.rename(final)
+        sync(checkpoint_folder)
+        draft.published(final)
     return final
 
 

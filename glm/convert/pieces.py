@@ -96,7 +96,9 @@ def _write_all(draft: Draft, pieces: Iterable[Piece], prove: Callable[[Any], Non
                         finished.append((piece, future.result()))
                         bar.update(piece.nbytes)
                     if sum(piece.nbytes for piece, _ in finished) >= COMMIT_BYTES:
-                        finished = _commit(draft, finished)
+                        # taken out first: the system tells of lost bytes once, so a second try would find all well
+                        batch, finished = finished, []
+                        _commit(draft, batch)
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -156,7 +158,6 @@ def _put(file: int, block: memoryview, position: int) -> int:
     return position
 
 
-def _commit(draft: Draft, finished: list[tuple[Piece, list[str]]]) -> list:
+def _commit(draft: Draft, finished: list[tuple[Piece, list[str]]]) -> None:
     if finished:
         draft.finished({piece.name: digests for piece, digests in finished}, {part.file for piece, _ in finished for part in piece.parts})
-    return []

@@ -23,7 +23,8 @@ from glm.weights.companions import restore_companions
 from glm.weights.digest import digest_start, type_name
 from glm.weights.fp8 import FP8, fp8_plan, quantise, scale_name, scale_shape
 from glm.weights.hf_folder import (
-    DTYPES, MANIFEST, Written, file_names, manifest_entry, publish, require_replaceable, usual_dtype, write_configuration, write_index,
+    DTYPES, MANIFEST, Written, file_names, manifest_entry, publish, put_back, require_replaceable, usual_dtype,
+    write_configuration, write_index,
 )
 from glm.weights.hf_shapes import hf_shapes
 from glm.weights.name_map import copies, hf_names
@@ -44,6 +45,7 @@ def to_hf(
     out = Path(out)
     require_replaceable(out)
     found = find_source(source, stage)
+    _require_apart(out, found.checkpoint)
     info, shape = manifest.read_info(found.checkpoint)
     export = _Export(found.checkpoint, with_copies, fp8, max_shard_bytes)
     fingerprinted = partial(fingerprint, found.checkpoint, [manifest.MANIFEST, *export.manifest["files"]])
@@ -54,6 +56,7 @@ def to_hf(
     if digests and not export.is_proven:
         warnings.warn(f"{found.checkpoint} was written without digests: its contents cannot be verified", stacklevel=2)
     with Draft(out.with_name(f".{out.name}.tmp"), job, export.files) as draft:
+        put_back(out)
         try:
             write(draft, export.pieces(digests), export.prove, digests=digests, workers=workers, title="export")
             if fingerprinted() != job["source"]:
@@ -78,8 +81,8 @@ def to_hf(
             },
         })
         draft.complete()
-    publish(draft.folder, out)
-    manifest.sync(out.parent)
+        publish(draft.folder, out)
+        draft.published(out)
     return Written(tensors=sum(map(len, export.shards.values())), bytes=export.bytes, kept=export.fp8.kept if fp8 else ())
 
 
@@ -197,6 +200,16 @@ class _Export:
             if not is_exact(read(streams, torch.float32, self.sizes[name]), DTYPES[self.params]):
                 return dict.fromkeys(names, type_name(torch.float32))
         return {}
+
+
+def _require_apart(out: Path, checkpoint: Path) -> None:
+    """An export replaces what lies at ``out``, which must not be what it reads."""
+    target, source = out.resolve(), checkpoint.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise CheckpointError(
+            str(out), f"it is, holds or lies in the checkpoint {checkpoint}", "a folder apart from what is exported",
+            "choose another folder; the source comes first, then where to write",
+        )
 
 
 def _sharded(outputs: list[_Output], limit: int) -> dict[str, list[_Output]]:

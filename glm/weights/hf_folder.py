@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm.checkpoint.run_folder import write_json
+from glm.checkpoint.run_folder import sync, write_json
 from glm.errors import CheckpointError, PlatformError
 from glm.recipe.sections import Model
 from glm.weights.digest import tensor_digest, type_name
@@ -49,6 +49,7 @@ def write_folder(
     Raises CheckpointError for tensors that are not exactly the model's or a folder that holds something else,
     PlatformError when the disk is full.
     """
+    put_back(folder)
     require_replaceable(folder)
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -187,18 +188,41 @@ def _copy_tokenizer(tokenizer: Path, draft: Path, shape: Model) -> tuple[list[in
 
 
 def require_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises CheckpointError for anything at ``folder`` but an export of ours or an empty folder; a checkpoint is no export."""
+    if folder.exists() and not _is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
             str(folder), "it exists and is no earlier export", "a new folder, an empty one, or an earlier export",
             "choose another folder, or remove this one yourself",
         )
 
 
+def _is_export(folder: Path) -> bool:
+    """Checkpoints have a manifest of the same name, but one of files, and files of tensors that no export has."""
+    if (folder / ".metadata").exists() or any(folder.glob("*.distcp")):
+        return False
+    try:
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # what cannot be recognised is not replaced
+    return isinstance(told, dict) and "tensors" in told
+
+
 def publish(draft: Path, folder: Path) -> None:
-    """Puts ``draft`` in the place of ``folder``; between the two renames the earlier export lies beside it."""
-    earlier = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(earlier, ignore_errors=True)
+    """Puts ``draft`` in the place of ``folder``. Between the two renames the earlier export lies beside it, see ``put_back``."""
+    earlier = _earlier(folder)
     if folder.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
         folder.rename(earlier)
     draft.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Gives an earlier export its place again, if ``publish`` was killed between its renames."""
+    if _earlier(folder).exists() and not folder.exists():
+        _earlier(folder).rename(folder)
+
+
+def _earlier(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
