@@ -13,7 +13,8 @@ from glm.checkpoint.manifest import MANIFEST, CheckpointInfo, checkpoint_steps, 
 from glm.checkpoint.run_folder import sync, write_json
 from glm.checkpoint.torch_dist import Item, Stored
 from glm.convert.draft import Draft, fingerprint
-from glm.convert.pieces import Part, Piece, write
+from glm.convert.failures import explained
+from glm.convert.pieces import Part, Piece, placement_digest, write
 from glm.convert.streams import Bytes, Cast, Computed, Span, Stream
 from glm.errors import CheckpointError
 from glm.weights.arrangement import Arrangement, arrangement
@@ -31,6 +32,7 @@ FILE_BYTES = 2 << 30
 _COPIES = "copies in the MTP layer"
 
 
+@explained()
 def from_hf(
     hf_folder: Path, checkpoint_folder: Path, *, params: str | None = None, digests: bool = True, workers: int = 2,
 ) -> Path:
@@ -41,20 +43,20 @@ def from_hf(
     model's; and if checkpoints are there already. PlatformError when the disk is full.
     """
     checkpoint_folder = Path(checkpoint_folder)
-    there = checkpoint_steps(checkpoint_folder)
-    if there:
-        raise CheckpointError(
-            str(checkpoint_folder), f"{len(there)} checkpoints, up to step {there[-1]}", "a folder without checkpoints",
-            "choose a new folder",
-        )
+    final = checkpoint_folder / step_folder(0)
+    _require_new(final)
     folder = HFFolder(hf_folder)
     source = partial(fingerprint, folder.folder, _files_of(folder))
-    job = {"source": source(), "folder": str(folder.folder.absolute()), "params": params or folder.params, "digests": digests}
-    plan = _Plan(folder, job["params"])
-    final = checkpoint_folder / step_folder(0)
+    plan = _Plan(folder, params or folder.params)
+    pieces = list(plan.pieces(digests))
+    job = {
+        "source": source(), "folder": str(folder.folder.absolute()), "params": plan.params, "digests": digests,
+        "placement": placement_digest(pieces),
+    }
     with Draft(checkpoint_folder / f".{final.name}.tmp", job, plan.files) as draft:
         try:
-            write(draft, plan.pieces(digests), plan.prove, digests=digests, workers=workers, title="import")
+            _require_new(final)  # another process may have published it since
+            write(draft, pieces, plan.prove, digests=digests, workers=workers, title="import")
             if source() != job["source"]:
                 raise CheckpointError(str(folder.folder), "it changed while it was read", "files that stay as they are", "begin again")
         except CheckpointError:
@@ -66,6 +68,20 @@ def from_hf(
         sync(checkpoint_folder)
         draft.published(final)
     return final
+
+
+def _require_new(final: Path) -> None:
+    there = checkpoint_steps(final.parent)
+    if there:
+        raise CheckpointError(
+            str(final.parent), f"{len(there)} checkpoints, up to step {there[-1]}", "a folder without checkpoints",
+            "choose a new folder",
+        )
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(
+            str(final), f"something else than a checkpoint: no {MANIFEST} in it", "nothing of that name",
+            "choose a new folder, or remove this one yourself",
+        )
 
 
 class _Plan:

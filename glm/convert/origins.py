@@ -17,9 +17,6 @@ from glm.weights.hf_folder import DTYPES
 from glm.weights.hf_shapes import hf_shapes
 from glm.weights.name_map import check_names, rows
 
-_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""A model on ranks that do not divide the vocabulary may store more rows than it has tokens."""
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -47,8 +44,7 @@ def origins(checkpoint: Path, shape: Model, params: str, stored: dict[str, Store
     found = {}
     for row in table:
         arranged, tensor = arrangement(row, shape, sizes), stored[row.megatron]
-        least = (min(tensor.shape[0], arranged.shape[0]), *tensor.shape[1:]) if row.megatron in _PADDED else tensor.shape
-        if least != arranged.shape or tensor.dtype not in (DTYPES[params], torch.float32):
+        if tensor.shape != arranged.shape or tensor.dtype not in (DTYPES[params], torch.float32):
             raise CheckpointError(
                 f"{checkpoint}: {row.megatron}", f"{type_name(tensor.dtype)} {list(tensor.shape)}",
                 f"{params} {list(arranged.shape)}", "use the checkpoint with the manifest that was written with it",

@@ -1,19 +1,20 @@
 """A conversion as pieces, each some bytes of a file to be written, done by several workers in bounded memory."""
 
 import hashlib
+import json
 import os
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Hashable, Iterable
+from typing import Any, Callable, Hashable, Sequence
 
 from tqdm import tqdm
 
 from glm.convert.draft import Draft
+from glm.convert.failures import explained
 from glm.convert.streams import BLOCK, Stream
-from glm.errors import explain_os_error
 
 COMMIT_BYTES = 256 << 20
 """After so much has been written it is brought to the disk and noted: what a kill costs at most, beside what is under way."""
@@ -48,36 +49,27 @@ class Piece:
 
 
 def write(
-    draft: Draft, pieces: Iterable[Piece], prove: Callable[[Any], None], *, digests: bool, workers: int, title: str,
+    draft: Draft, pieces: Sequence[Piece], prove: Callable[[Any], None], *, digests: bool, workers: int, title: str,
 ) -> None:
     """Writes into ``draft`` the pieces that are not there yet. ``prove`` is called once for each proof that pieces ask for.
 
     Errors end it after the blocks under way; what was finished stays in the journal. An interruption does the same.
-    Raises what reading and proving raise, PlatformError when the disk is full.
+    Raises what reading and proving raise, CheckpointError naming the piece for a file that is gone, OSError when the disk
+    is full.
     """
-    try:
-        _write_all(draft, pieces, prove, digests, workers, title)
-    except OSError as error:
-        explained = explain_os_error(error)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _write_all(draft: Draft, pieces: Iterable[Piece], prove: Callable[[Any], None], digests: bool, workers: int, title: str) -> None:
-    planned = list(pieces)
-    todo = [piece for piece in planned if piece.name not in draft.done]
-    total, left = (sum(piece.nbytes for piece in some) for some in (planned, todo))
+    todo = [piece for piece in pieces if piece.name not in draft.done]
+    total, left = (sum(piece.nbytes for piece in some) for some in (pieces, todo))
     proofs, stop, local = _Once(prove), threading.Event(), threading.local()
 
     def work(piece: Piece) -> list[str]:
-        for proof in piece.proofs:
-            if stop.is_set():
-                raise _Stopped
-            proofs(proof)
         if not hasattr(local, "buffer"):
             local.buffer = memoryview(bytearray(BLOCK))
-        return [_write(draft.folder, part, local.buffer, digests, stop) for part in piece.parts]
+        with explained(piece.name):
+            for proof in piece.proofs:
+                if stop.is_set():
+                    raise _Stopped
+                proofs(proof)
+            return [_write(draft.folder, part, local.buffer, digests, stop) for part in piece.parts]
 
     with tqdm(total=total, initial=total - left, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         with ThreadPoolExecutor(workers, thread_name_prefix=title) as pool:
@@ -103,6 +95,12 @@ def _write_all(draft: Draft, pieces: Iterable[Piece], prove: Callable[[Any], Non
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 _commit(draft, finished)
+
+
+def placement_digest(pieces: Sequence[Piece]) -> str:
+    """Hex SHA-256 of where every byte goes: a draft begun with other chunks or files cannot be continued."""
+    places = [[piece.name, [[part.file, part.offset, part.nbytes] for part in piece.parts]] for piece in pieces]
+    return hashlib.sha256(json.dumps(places).encode()).hexdigest()
 
 
 class _Stopped(Exception):

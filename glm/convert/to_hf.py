@@ -13,12 +13,13 @@ from glm.checkpoint import manifest, torch_dist
 from glm.checkpoint.run_folder import write_json
 from glm.checkpoint.torch_dist import Item
 from glm.convert.draft import Draft, fingerprint
+from glm.convert.failures import explained
 from glm.convert.origins import origins
-from glm.convert.pieces import Part, Piece, write
+from glm.convert.pieces import Part, Piece, placement_digest, write
 from glm.convert.source import find_source
 from glm.convert.stored_rows import StoredRows
 from glm.convert.streams import Bytes, Cast, Computed, Stream, is_exact, read
-from glm.errors import CheckpointError
+from glm.errors import CheckpointError, NumericsError
 from glm.weights.companions import restore_companions
 from glm.weights.digest import digest_start, type_name
 from glm.weights.fp8 import FP8, fp8_plan, quantise, scale_name, scale_shape
@@ -30,6 +31,8 @@ from glm.weights.hf_shapes import hf_shapes
 from glm.weights.name_map import copies, hf_names
 from glm.weights.places import safetensors_header
 
+
+@explained()
 def to_hf(
     source: Path, out: Path, *, stage: str | None = None, tokenizer: Path | None = None, with_copies: bool | None = None,
     fp8: bool = False, max_shard_bytes: int = 5_000_000_000, digests: bool = True, workers: int = 2,
@@ -40,7 +43,8 @@ def to_hf(
     routers stay float32 unless bfloat16 holds every value of them all. ``tokenizer``: a folder to copy instead of the
     imported model's or the run's. ``with_copies``: repeat embedding and head in the MTP layer; None: if the imported folder
     did. ``fp8``: matrices in FP8 blocks (glm.weights.fp8). Killed or out of space, the same command continues.
-    Raises CheckpointError and PlatformError; ``out`` is whole or as it was.
+    Raises CheckpointError; PlatformError when the disk is full; NumericsError for a value that FP8 blocks cannot hold.
+    ``out`` is whole or as it was.
     """
     out = Path(out)
     require_replaceable(out)
@@ -49,19 +53,20 @@ def to_hf(
     info, shape = manifest.read_info(found.checkpoint)
     export = _Export(found.checkpoint, with_copies, fp8, max_shard_bytes)
     fingerprinted = partial(fingerprint, found.checkpoint, [manifest.MANIFEST, *export.manifest["files"]])
+    pieces = list(export.pieces(digests))
     job = {
         "source": fingerprinted(), "folder": str(found.checkpoint.absolute()), "digests": digests,
-        "files": {name: [output.name for output in held] for name, held in export.shards.items()},
+        "placement": placement_digest(pieces),
     }
     if digests and not export.is_proven:
-        warnings.warn(f"{found.checkpoint} was written without digests: its contents cannot be verified", stacklevel=2)
+        warnings.warn(f"{found.checkpoint} was written without digests: its contents cannot be verified", stacklevel=3)
     with Draft(out.with_name(f".{out.name}.tmp"), job, export.files) as draft:
         put_back(out)
         try:
-            write(draft, export.pieces(digests), export.prove, digests=digests, workers=workers, title="export")
+            write(draft, pieces, export.prove, digests=digests, workers=workers, title="export")
             if fingerprinted() != job["source"]:
                 raise CheckpointError(str(found.checkpoint), "it changed while it was read", "files that stay as they are", "begin again")
-        except CheckpointError:
+        except (CheckpointError, NumericsError):
             draft.discard()
             raise
         write_index(draft.folder, {name: [output.name for output in held] for name, held in export.shards.items()}, export.bytes)

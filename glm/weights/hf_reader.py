@@ -19,6 +19,7 @@ from glm.weights.name_map import check_names, copies, hf_names
 from glm.weights.places import Place, safetensors_places
 
 _TODO = "copy or download the folder again; a file of it is missing or was cut"
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors$")
 _STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?$")
 
 
@@ -181,8 +182,17 @@ def _places(folder: Path) -> dict[str, Place]:
     """Every tensor of the folder under the name it has in the files; index and files must tell the same."""
     index = folder / INDEX
     weight_map = _section(index, "weight_map") if index.is_file() else None
+    for name, file in (weight_map or {}).items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index}: {name}", f"the file {json.dumps(file)}", "the name of a file", _TODO)
+    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    if weight_map is not None and (stale := sorted(path.name for path in folder.iterdir() if _SHARD.match(path.name) and path.name not in files)):
+        raise CheckpointError(
+            str(folder / stale[0]), f"{INDEX} does not name it", "the files of one model and no other",
+            "remove it if it is of an earlier download or export, else bring the index that names it",
+        )
     found: dict[str, Place] = {}
-    for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
+    for file in files:
         path = folder / file
         if Path(file).name != file or not path.is_file():
             named = f"a file that {INDEX} names" if weight_map is not None else f"{SINGLE}, or {INDEX} and the files it names"

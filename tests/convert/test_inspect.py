@@ -144,14 +144,15 @@ def test_a_torn_file_is_told_and_the_others_are_listed(tmp_path, exported):
     assert any(words.startswith(f"unreadable: {torn}") for words in found.odd)
 
 
-def test_a_file_that_the_index_does_not_name_is_told_and_left_out(tmp_path, exported):
+def test_a_file_that_the_index_does_not_name_is_told_with_what_it_repeats(tmp_path, exported):
     made = tmp_path / "both"
     made.mkdir()
     for path in exported.iterdir():
         (made / path.name).write_bytes(path.read_bytes())
     save_file({"lm_head.weight": torch.zeros(2)}, made / "model.safetensors")
-    found = inspect(made)
-    assert found.odd == ("no part of the model: model.safetensors",) and {entry.name for entry in found.entries} == WEIGHTS.keys()
+    refused, twice = inspect(made).odd
+    assert refused.startswith("refused for conversion:") and "both/model.safetensors: model.safetensors.index.json does not name it" in refused
+    assert twice.startswith("twice: lm_head.weight, in model-") and twice.endswith(" and model.safetensors")
 
 
 def test_matrices_in_fp8_are_listed_as_they_lie(tmp_path):
