@@ -97,17 +97,21 @@ def test_both_ways_need_less_memory_than_three_of_the_largest_tensor(tmp_path, l
 
 
 KILLED = """
-import sys
+import sys, time
 from glm.convert import pieces
 from tools.convert import {command}
-pieces.COMMIT_BYTES = 1
+commit = pieces._commit
+def slowly(draft, finished):
+    commit(draft, finished)
+    time.sleep(0.02)
+pieces.COMMIT_BYTES, pieces._commit = 1, slowly
 print("begins", flush=True)
 sys.exit({command}.main(sys.argv[1:]))
 """
 
 
 def begun(command: str, *arguments: Path) -> subprocess.Popen:
-    """The command as a process that is about to write, and that brings what it wrote to the disk often."""
+    """The command as a process that is about to write, and that brings what it wrote to the disk often and slowly."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", KILLED.format(command=command), *map(str, arguments)], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
