@@ -9,17 +9,18 @@ import pytest
 
 from tests.runs import TINY, glm, metrics, processes_of, started
 
-SHORTENED = (
-    "pretrain_general.tokens=40960", "pretrain_code_reasoning.tokens=20480", "midtrain_repo_code.tokens=4096",
-    "midtrain_reasoning.tokens=4096", "midtrain_long_context.tokens=4096", "sft_cold_start.tokens=20480",
-    "rl_reasoning.rl.steps=3", "rl_reasoning.rollout.prompts_per_step=16", "rl_reasoning.evaluation.prompts=16",
-    "rl_reasoning.evaluation.samples=4", "rl_reasoning.rl.drop_uniform_groups=false",
-)
 LAYOUTS = (
     "pretrain_code_reasoning.layout.tp=2", "midtrain_repo_code.layout={pp: 2, ep: 1}", "midtrain_reasoning.layout.cp=2",
     "midtrain_long_context.layout={pp: 2, vpp: 2, ep: 1}", "sft_cold_start.layout.cp=2", "rl_reasoning.layout={tp: 2, ep: 1, etp: 2}",
 )
 """Two ranks divided otherwise at every stage: each continues from a checkpoint of another layout."""
+SHORTENED = (
+    "pretrain_general.tokens=40960", "pretrain_code_reasoning.tokens=20480", "midtrain_repo_code.tokens=4096",
+    "midtrain_reasoning.tokens=4096", "midtrain_long_context.tokens=4096", "sft_cold_start.tokens=20480",
+    "rl_reasoning.rl.steps=3", "rl_reasoning.rollout.prompts_per_step=16", "rl_reasoning.evaluation.prompts=16",
+    "rl_reasoning.evaluation.samples=4", "rl_reasoning.rl.drop_uniform_groups=false",
+    *LAYOUTS,
+)
 STAGES = (
     "tokenizer", "pretrain_general", "pretrain_code_reasoning", "midtrain_repo_code", "midtrain_reasoning",
     "midtrain_long_context", "sft_cold_start", "rl_reasoning", "export", "chat",
@@ -29,7 +30,7 @@ STAGES = (
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    done = glm("run", TINY, *SHORTENED, *LAYOUTS, f"run_folder={folder}", timeout=800)
+    done = glm("run", TINY, *SHORTENED, f"run_folder={folder}", timeout=800)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return folder
 
