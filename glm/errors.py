@@ -2,6 +2,9 @@
 
 import errno
 
+REQUEUE_CODE = 75
+"""What a stage exits with after it saved because the scheduler told it to stop (EX_TEMPFAIL): start it again, it continues."""
+
 
 class UserError(ValueError):
     """A mistake of the user's or of the machine's, told in four parts. The command line prints it without a traceback."""

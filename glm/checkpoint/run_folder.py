@@ -32,6 +32,11 @@ class RunFolder:
         return self.root / "data"
 
     @property
+    def prepared(self) -> Path:
+        """{"NAME/BUCKET": {"corpus": name in ``data``, "documents", "tokens"}} of what the prepare stages made."""
+        return self.data / "prepared.json"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder of the finished model."""
         return self.root / "export"

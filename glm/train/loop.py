@@ -2,7 +2,6 @@
 
 import time
 
-import torch
 import torch.distributed as dist
 
 from glm import runtime as runtimes
@@ -16,8 +15,9 @@ from glm.recipe.compose import dump_recipe
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.runtime import Runtime
 from glm.train.batch import MicroBatch, micro_batches
-from glm.train.plan import Progress, StepPlan, count_steps, plan_step, whole_micro_batches
-from glm.train.step import StepOutcome, Trainer, next_token_loss
+from glm.train.metrics import step_metrics
+from glm.train.plan import Progress, count_steps, plan_step, whole_micro_batches
+from glm.train.step import Trainer, next_token_loss
 
 VALIDATION_ROWS = 32
 """At least; every rank takes as many whole micro-batches."""
@@ -113,24 +113,3 @@ def save(trainer: Trainer, recipe: ModelStageRecipe, folder: RunFolder, runtime:
         folder.checkpoints(recipe.stage), info, recipe.model, trainer.chunks, trainer.optimizer, runtime,
         recipe.checkpoint.keep,
     )
-
-
-def step_metrics(plan: StepPlan, progress: Progress, outcome: StepOutcome, seconds: float) -> dict:
-    load = torch.tensor(outcome.load)
-    return {
-        "train/loss": outcome.metrics["loss"],
-        "train/mtp_loss": outcome.mtp_loss,
-        "train/lr": plan.lr,
-        "train/grad_norm": outcome.grad_norm,
-        "train/tokens": plan.tokens,
-        "train/run_tokens": plan.run_tokens + plan.tokens,
-        "train/stage_tokens": progress.stage_tokens,
-        "train/sequence_length": plan.sequence_length,
-        "train/mtp_weight": plan.mtp_weight,
-        "train/bias_update_rate": plan.bias_update_rate,
-        "train/tokens_per_second": plan.tokens / seconds,
-        "train/step_seconds": seconds,
-        "balance/max_over_mean": (load.max(-1).values * load.shape[-1]).mean().item(),
-        "balance/bias_max": outcome.bias_max,
-        "balance/load": [[round(share, 4) for share in layer] for layer in outcome.load],
-    }
