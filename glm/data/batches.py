@@ -82,7 +82,7 @@ class Batches:
             training = corpus.training_documents
             lines[name] = {
                 "corpus": corpus.name, "documents": len(training), "tokens": int(corpus.lengths(training).sum()),
-                "validation_documents": int(corpus.held_out.sum()), "rows": rows, "epochs": round(packer.epochs(rows), 3),
+                "validation_documents": len(corpus.validation_documents), "rows": rows, "epochs": round(packer.epochs(rows), 3),
             }
             if isinstance(packer, PackedRows):
                 lines[name]["filled"] = round(packer.filled(), 4)

@@ -14,9 +14,10 @@ from pathlib import Path
 from glm.data import python_corpus
 from glm.data.conversations import problem_dialogues, problem_documents, problem_texts
 from glm.errors import DataError
+from glm.recipe.sections import BUILT_IN_CORPORA
 
 TEXT_CORPORA = {"prose": python_corpus.prose, "code": python_corpus.code, "repositories": python_corpus.repositories}
-CORPORA = (*TEXT_CORPORA, "problems", "dialogues")
+CORPORA = BUILT_IN_CORPORA
 
 DEFAULT_CORPUS_BYTES = 4_500_000
 """Bound on one corpus of the Python installation: about 1.5M tokens of a small vocabulary. The user's own text has none."""

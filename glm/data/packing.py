@@ -100,9 +100,9 @@ class TruncatedRows:
             epoch, within = divmod(position, self.epoch_tokens)
             order, starts = self._epoch(epoch)
             at = int(np.searchsorted(starts, within, side="right")) - 1
-            begin = int(self.corpus.offsets[order[at]] + within - starts[at])
-            end = min(begin + count, int(self.corpus.offsets[order[at] + 1]))
-            part = self.corpus.tokens[begin:end].astype(np.int64)
+            shard, first, length = self.corpus.place(int(order[at]))
+            begin = first + int(within - starts[at])
+            part = shard.tokens[begin : min(begin + count, first + length)].astype(np.int64)
             if len(part) < count:
                 part = np.concatenate([part, self.end_of_text])
             parts.append(part)
@@ -129,7 +129,7 @@ class PackedRows:
     def __init__(self, corpus: TokenizedCorpus, documents: np.ndarray, sequence_length: int, source: str, assistant_only: bool,
                  *seed: int | str):
         self.corpus, self.documents, self.sequence_length, self.source = corpus, documents, sequence_length, source
-        self.assistant_only = assistant_only and corpus.mask is not None
+        self.assistant_only = assistant_only and corpus.masked
         self._starts = [0]  # first row of each epoch so far, and of the next
         self._epoch = lru_cache(maxsize=2)(lambda epoch: self._pack(*seed, epoch))
 
@@ -159,11 +159,12 @@ class PackedRows:
         epoch, within = self._find(number)
         tokens, labels, masks, lengths = [], [], [], []
         for document, start, length in self._epoch(epoch)[within]:
-            begin = int(self.corpus.offsets[document]) + start
-            ids = self.corpus.tokens[begin : begin + length].astype(np.int64)
+            shard, first, _ = self.corpus.place(document)
+            begin = first + start
+            ids = shard.tokens[begin : begin + length].astype(np.int64)
             mask = np.ones(length, np.float32)
             if self.assistant_only:  # the mask says which token is learned, the loss stands at the one before it
-                mask[:-1] = self.corpus.mask[begin + 1 : begin + length]
+                mask[:-1] = shard.mask[begin + 1 : begin + length]
             mask[-1] = 0.0
             tokens.append(ids)
             labels.append(np.append(ids[1:], 0))

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.data.batches import Batches, manifest_path
 from glm.data.documents import TEXT_CORPORA, corpus_fingerprint, dialogues, documents
+from glm.data.prepared import prepared_corpus
 from glm.data.tokenized import Document, read_facts, write_corpus
 from glm.errors import DataError
 from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
 from glm.recipe.sections import Data
 from glm.tokenizer.chat_template import encode_segments, render
-from glm.tokenizer.load import encode_texts, load_tokenizer, token_id
+from glm.tokenizer.load import digest_of, encode_texts, load_tokenizer, token_id
 from glm.tokenizer.special_tokens import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -37,19 +38,34 @@ DOCUMENTS_AT_ONCE = 256
 def prepare(recipe: TrainRecipe, folder: RunFolder) -> None:
     """For rank 0 alone; others wait. Raises DataError for text that cannot be read or a torn corpus."""
     tokenizer = load_tokenizer(folder.tokenizer)
-    tokenizer_digest = hashlib.blake2b((folder.tokenizer / "tokenizer.json").read_bytes(), digest_size=8).hexdigest()
+    tokenizer_digest = digest_of(folder.tokenizer)
     names, facts = {}, {}
     for source_name, source in mixture_of(recipe.data).sources.items():
-        name = corpus_name(source.corpus, recipe.data, recipe.seed, tokenizer_digest)
+        if source.is_prepared:
+            asked_by = f"source {source_name} of mixture {recipe.data.mixture}"
+            name = prepared_corpus(folder, source.corpus, asked_by=asked_by).corpus
+        else:
+            name = corpus_name(source.corpus, recipe.data, recipe.seed, tokenizer_digest)
         names[source_name] = name
         facts[source_name] = read_facts(folder.data, name, check_digests=True)
-        if facts[source_name] is None:
+        if source.is_prepared:
+            _require_prepared(facts[source_name], folder, name, tokenizer_digest)
+        elif facts[source_name] is None:
             _tokenize(source.corpus, recipe.data, recipe.seed, tokenizer, folder.data, name)
             facts[source_name] = read_facts(folder.data, name)
     manifest = {"sources": names, "end_of_text": token_id(tokenizer, END_OF_TEXT)}
     _require_same_data(recipe, folder, manifest)
     write_json(manifest_path(folder, recipe.stage), manifest)
     _report(recipe, folder, facts)
+
+
+def _require_prepared(facts: dict | None, folder: RunFolder, name: str, tokenizer_digest: str) -> None:
+    """A prepared corpus must be there, made with the tokenizer of the run as far as it says."""
+    where, todo = str(folder.data / f"{name}.json"), "run its prepare stage again"
+    if facts is None:
+        raise DataError(where, "no such file", f"a prepared corpus, as {folder.prepared} says", todo)
+    if facts.get("tokenizer", tokenizer_digest) != tokenizer_digest:
+        raise DataError(where, f"written with tokenizer {facts['tokenizer']}", f"the tokenizer of the run, {tokenizer_digest}", todo)
 
 
 def _require_same_data(recipe: TrainRecipe, folder: RunFolder, manifest: dict) -> None:
@@ -125,7 +141,7 @@ def _report(recipe: TrainRecipe, folder: RunFolder, facts: dict[str, dict]) -> N
     stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     lines = Batches(recipe, folder).report()
     for name, line in lines.items():
-        line["dropped"] = facts[name]["dropped"]
+        line["dropped"] = facts[name].get("dropped", {})
         print(
             f"{recipe.stage}: {name} {line['documents']:,} documents, {line['tokens']:,} tokens, {line['epochs']:.2f} epochs"
             + "".join(f", {count} {reason} dropped" for reason, count in line["dropped"].items() if count), flush=True,

@@ -1,9 +1,11 @@
-"""A corpus as token ids on disk: NAME.bin (ids), NAME.idx (documents), NAME.mask (dialogues only) and NAME.json, written last.
+"""A corpus as token ids on disk: shards of NAME.bin (ids), NAME.idx (documents), NAME.mask (dialogues only) and NAME.json, written last.
 
 .bin   ids of all documents one after another, uint16 or uint32
 .idx   int64[documents + 1] offsets into .bin, then uint8[documents], 1 where a document is held out for validation
 .mask  uint8 a token, 1 where the assistant writes
 .json  sizes and digests of the others, counts; a corpus without it does not exist, one that contradicts it is torn
+
+A corpus of many shards is a NAME.json alone that lists them in order; its documents are numbered through all of them.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +57,10 @@ def _hold_out_a_tail(offsets: list[int], held_out: list[int]) -> None:
 
 
 def write_corpus(folder: Path, name: str, documents: Iterable[Document], *, vocab_size: int,
-                 facts: dict[str, object]) -> None:
+                 facts: dict[str, object], whole: bool = True) -> None:
     """Writes all documents; masks for all or for none. ``facts`` go into the .json.
 
+    ``whole`` False: one shard of a list, which may be empty or have nothing held out; ``write_shard_list`` looks after that.
     Every file gets its name only when complete, the .json last. Raises DataError if there is nothing to train on.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,20 +80,15 @@ def write_corpus(folder: Path, name: str, documents: Iterable[Document], *, voca
                     mask_out.write(np.asarray(document.mask, dtype=np.uint8).tobytes())
                 offsets.append(offsets[-1] + len(array))
                 held_out.append(int(_is_held_out(array, document.key)))
-            if not any(held_out) and held_out:
-                _hold_out_a_tail(offsets, held_out)
-            if offsets[-1] < 2 or all(held_out):
-                raise DataError(
-                    f"corpus {name}", f"{len(held_out)} documents, {offsets[-1]} tokens",
-                    "some text to train on and some to validate with", "give more text, or raise data.problems",
-                )
+            if whole:
+                if not any(held_out) and held_out:
+                    _hold_out_a_tail(offsets, held_out)
+                if offsets[-1] < 2 or all(held_out):
+                    raise _too_little(name, len(held_out), offsets[-1])
             for out in (tokens_out, mask_out):
                 out.flush()
                 os.fsync(out.fileno())
-        with drafts[".idx"].open("wb") as index_out:
-            index_out.write(np.asarray(offsets, dtype=np.int64).tobytes() + np.asarray(held_out, dtype=np.uint8).tobytes())
-            index_out.flush()
-            os.fsync(index_out.fileno())
+        _write_index(drafts[".idx"], offsets, held_out)
         if not masked:
             drafts.pop(".mask").unlink()
         files = {}
@@ -105,21 +104,84 @@ def write_corpus(folder: Path, name: str, documents: Iterable[Document], *, voca
     })
 
 
+def _too_little(name: str, documents: int, tokens: int) -> DataError:
+    return DataError(
+        f"corpus {name}", f"{documents} documents, {tokens} tokens", "some text to train on and some to validate with",
+        "give more text, or raise data.problems",
+    )
+
+
+def _write_index(path: Path, offsets: list[int], held_out: list[int]) -> None:
+    with path.open("wb") as index_out:
+        index_out.write(np.asarray(offsets, dtype=np.int64).tobytes() + np.asarray(held_out, dtype=np.uint8).tobytes())
+        index_out.flush()
+        os.fsync(index_out.fileno())
+
+
+def write_shard_list(folder: Path, name: str, shards: list[str], facts: dict[str, object]) -> None:
+    """Makes one corpus NAME of shards written before with ``whole=False``, in their order. ``facts`` go into the .json.
+
+    Where no shard has a held-out document, the longest document of all gives its tail, as in a corpus of one shard.
+    Raises DataError for a shard that is missing, torn or of another kind, and if there is nothing to train on.
+    """
+    described = {}
+    for shard in shards:
+        described[shard] = read_facts(folder, shard)
+        if described[shard] is None:
+            raise DataError(str(folder / f"{shard}.json"), "no such file", f"a shard of corpus {name}", "run the stage that writes it again")
+    filled = {shard: facts for shard, facts in described.items() if facts["documents"]}
+    for key in ("dtype", "masked"):
+        kinds = {facts[key] for facts in filled.values()}
+        if len(kinds) > 1:
+            found = f"shards with {key} {' and '.join(map(str, sorted(kinds)))}"
+            raise DataError(f"corpus {name}", found, "shards of one kind", "write them with one tokenizer, with masks all or none")
+    if filled and not any(facts["held_out_documents"] for facts in filled.values()):
+        longest = max(filled, key=lambda shard: int(np.diff(_open_shard(folder, shard, filled[shard]).offsets).max()))
+        described[longest] = _hold_out_a_tail_of(folder, longest, filled[longest])
+    totals = {key: sum(facts[key] for facts in described.values()) for key in ("documents", "held_out_documents", "tokens")}
+    if totals["tokens"] < 2 or totals["held_out_documents"] == totals["documents"]:
+        raise _too_little(name, totals["documents"], totals["tokens"])
+    kind = next(iter(filled.values()))
+    write_json(folder / f"{name}.json", {**facts, **totals, "dtype": kind["dtype"], "masked": kind["masked"], "shards": list(shards)})
+
+
+def _hold_out_a_tail_of(folder: Path, name: str, facts: dict) -> dict:
+    """Rewrites the index of a shard, and its description last: torn in between, it is named and written again."""
+    shard = _open_shard(folder, name, facts)
+    offsets, held_out = shard.offsets.tolist(), shard.held_out.tolist()
+    _hold_out_a_tail(offsets, held_out)
+    index = folder / f"{name}.idx"
+    draft = folder / f".{name}.{os.getpid()}.idx.tmp"
+    try:
+        _write_index(draft, offsets, held_out)
+        files = facts["files"] | {index.name: {"bytes": draft.stat().st_size, "blake2b": _digest(draft)}}
+        draft.replace(index)
+    finally:
+        draft.unlink(missing_ok=True)
+    facts = {**facts, "documents": len(held_out), "held_out_documents": sum(held_out), "files": files}
+    write_json(folder / f"{name}.json", facts)
+    return facts
+
+
 def _torn(path: Path, name: str, found: str, expected: str) -> DataError:
     todo = f"delete {path.parent / name}.json; the next run tokenizes this corpus again"
     return DataError(str(path), found, expected, todo)
 
 
 def read_facts(folder: Path, name: str, *, check_digests: bool = False) -> dict | None:
-    """What NAME.json says, or None if there is none. Raises DataError if a file it names is missing or torn."""
+    """What NAME.json says, or None if there is none. Raises DataError if a file or shard it names is missing or torn."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        files = facts["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        shards = facts.get("shards", [])
+        files = {} if "shards" in facts else facts["files"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _torn(path, name, f"not readable: {error!r}", "the description of a tokenized corpus") from error
+    for shard in shards:
+        if read_facts(folder, shard, check_digests=check_digests) is None:
+            raise _torn(path, name, f"no shard {shard}", f"{len(shards)} shards beside it")
     for file_name, file in files.items():
         part = folder / file_name
         if not part.is_file():
@@ -132,41 +194,114 @@ def read_facts(folder: Path, name: str, *, check_digests: bool = False) -> dict 
 
 
 @dataclass(frozen=True)
-class TokenizedCorpus:
-    """Memory-mapped. ``mask`` is None for plain text; ``separated``: every document already ends with <|endoftext|>."""
+class Shard:
+    """Arrays as they lie in the files: tokens and mask [tokens], offsets int64[documents + 1], held_out uint8[documents]."""
 
-    name: str
     tokens: np.ndarray
     offsets: np.ndarray
     held_out: np.ndarray
     mask: np.ndarray | None
-    separated: bool
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """Memory-mapped, whatever its size. Documents are numbered through all shards.
+
+    ``masked``: the shards have masks; ``separated``: every document already ends with <|endoftext|>.
+    """
+
+    name: str
+    shards: tuple[Shard, ...]
+    masked: bool
+
+    @property
+    def separated(self) -> bool:
+        return not self.masked
+
+    @cached_property
+    def first_documents(self) -> np.ndarray:
+        """int64[shards + 1]: number of the first document of each shard, and how many there are."""
+        return np.cumsum([0, *(len(shard.held_out) for shard in self.shards)], dtype=np.int64)
+
+    @cached_property
+    def first_tokens(self) -> np.ndarray:
+        """int64[shards + 1]: tokens before each shard, and how many there are."""
+        return np.cumsum([0, *(int(shard.offsets[-1]) for shard in self.shards)], dtype=np.int64)
+
+    @property
+    def num_documents(self) -> int:
+        return int(self.first_documents[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.first_tokens[-1])
+
+    def shard_of(self, documents: np.ndarray | int) -> np.ndarray:
+        """Number of the shard each document is in."""
+        return np.searchsorted(self.first_documents, documents, side="right") - 1
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each document."""
+        lengths = np.empty(len(documents), dtype=np.int64)
+        shards = self.shard_of(documents)
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            local = documents[here] - self.first_documents[number]
+            offsets = self.shards[number].offsets
+            lengths[here] = offsets[local + 1] - offsets[local]
+        return lengths
+
+    def held_out(self, documents: np.ndarray) -> np.ndarray:
+        """Whether each document is for validation."""
+        shards = self.shard_of(documents)
+        held_out = np.empty(len(documents), dtype=bool)
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            held_out[here] = self.shards[number].held_out[documents[here] - self.first_documents[number]] != 0
+        return held_out
+
+    def place(self, document: int) -> tuple[Shard, int, int]:
+        """(shard, first token within it, length) of one document."""
+        number = int(self.shard_of(document))
+        shard, local = self.shards[number], document - int(self.first_documents[number])
+        first, end = shard.offsets[local : local + 2].tolist()
+        return shard, first, end - first
 
     @property
     def training_documents(self) -> np.ndarray:
-        return np.flatnonzero(self.held_out == 0)
+        """Numbers of all of them: 8 bytes a document."""
+        return np.flatnonzero(np.concatenate([shard.held_out for shard in self.shards]) == 0)
 
     @property
     def validation_documents(self) -> np.ndarray:
-        return np.flatnonzero(self.held_out)
+        return np.flatnonzero(np.concatenate([shard.held_out for shard in self.shards]))
 
-    def lengths(self, documents: np.ndarray) -> np.ndarray:
-        return self.offsets[documents + 1] - self.offsets[documents]
+
+def _mapped(path: Path, dtype, count: int, offset: int = 0) -> np.ndarray:
+    if count == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
+
+
+def _open_shard(folder: Path, name: str, facts: dict) -> Shard:
+    documents, tokens = facts["documents"], facts["tokens"]
+    index = folder / f"{name}.idx"
+    return Shard(
+        tokens=_mapped(folder / f"{name}.bin", facts["dtype"], tokens),
+        offsets=_mapped(index, np.int64, documents + 1),
+        held_out=_mapped(index, np.uint8, documents, 8 * (documents + 1)),
+        mask=_mapped(folder / f"{name}.mask", np.uint8, tokens) if facts["masked"] else None,
+    )
 
 
 def open_corpus(folder: Path, name: str) -> TokenizedCorpus:
-    """Raises DataError if the corpus is missing or torn (sizes; digests are checked when a stage prepares its data)."""
+    """A corpus of one shard or of a list of them.
+
+    Raises DataError if it is missing or torn (sizes; digests are checked when a stage prepares its data).
+    """
     facts = read_facts(folder, name)
     if facts is None:
         raise DataError(str(folder / f"{name}.json"), "no such file", "a tokenized corpus", "run the stage from its beginning")
-    documents = facts["documents"]
-    raw = np.fromfile(folder / f"{name}.idx", dtype=np.uint8)
-    split = 8 * (documents + 1)
-    return TokenizedCorpus(
-        name=name,
-        tokens=np.memmap(folder / f"{name}.bin", dtype=facts["dtype"], mode="r"),
-        offsets=raw[:split].view(np.int64),
-        held_out=raw[split:],
-        mask=np.memmap(folder / f"{name}.mask", dtype=np.uint8, mode="r") if facts["masked"] else None,
-        separated=not facts["masked"],
-    )
+    described = {shard: read_facts(folder, shard) for shard in facts["shards"]} if "shards" in facts else {name: facts}
+    shards = tuple(_open_shard(folder, shard, description) for shard, description in described.items() if description["documents"])
+    return TokenizedCorpus(name, shards, facts["masked"])

@@ -4,9 +4,10 @@ Imports neither torch nor megatron: a recipe can be read and checked anywhere.
 "P" is the GLM-4.5 technical report (arXiv 2508.06471).
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from glm.recipe.units import Count, PositiveCount
 
@@ -212,14 +213,31 @@ class Router(Section):
     """Step of the loss-free balancing bias: 1e-3 for 15T tokens, then 0 (P 2.4)."""
 
 
+BUILT_IN_CORPORA = ("prose", "code", "repositories", "problems", "dialogues")
+PREPARED_CORPUS = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 class Source(Section):
     """One source of a mixture."""
 
-    corpus: Literal["prose", "code", "repositories", "problems", "dialogues"]
+    corpus: str
+    """prose, code, repositories, problems or dialogues, which every machine has; or NAME/BUCKET, made by a prepare stage of the run."""
     share: Annotated[float, Field(gt=0, le=1)]
     """Part of the stage's tokens that comes from here."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Most times a document may be read; none: as often as the share asks for."""
+
+    @field_validator("corpus")
+    @classmethod
+    def _is_known(cls, corpus: str) -> str:
+        if corpus not in BUILT_IN_CORPORA and not PREPARED_CORPUS.fullmatch(corpus):
+            raise ValueError(f"one of {', '.join(BUILT_IN_CORPORA)}, or NAME/BUCKET of a prepare stage, not {corpus!r}")
+        return corpus
+
+    @property
+    def is_prepared(self) -> bool:
+        """Made by a prepare stage, and not by the stage that reads it."""
+        return self.corpus not in BUILT_IN_CORPORA
 
 
 def check_shares(sources: dict[str, Source]) -> None:

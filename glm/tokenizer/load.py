@@ -4,6 +4,7 @@ Hugging Face tokenizers match control tokens anywhere, also inside what a user w
 them: ``<|user|>`` in a document is seven characters.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,11 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     if missing:
         raise DataError(str(folder), f"no token {', '.join(missing[:5])}", expected, todo)
     return tokenizer
+
+
+def digest_of(folder: Path) -> str:
+    """Names a tokenizer: 16 hexadecimal digits that change with its tokenizer.json."""
+    return hashlib.blake2b((Path(folder) / "tokenizer.json").read_bytes(), digest_size=8).hexdigest()
 
 
 def plain_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":

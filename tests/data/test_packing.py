@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm.data.packing import PackedRows, TruncatedRows, best_fit, cut_to_pieces
-from glm.data.tokenized import TokenizedCorpus
+from glm.data.tokenized import Shard, TokenizedCorpus
 
 END = 9999
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -17,7 +17,11 @@ def corpus_of(lengths: list[int], *, masked: bool = False) -> TokenizedCorpus:
     mask = (tokens % 3 == 0).astype(np.uint8) if masked else None
     if not masked:
         tokens[offsets[1:] - 1] = END
-    return TokenizedCorpus("test", tokens, offsets, np.zeros(len(lengths), np.uint8), mask, separated=not masked)
+    return TokenizedCorpus("test", (Shard(tokens, offsets, np.zeros(len(lengths), np.uint8), mask),), masked)
+
+
+def tokens_of(corpus: TokenizedCorpus) -> np.ndarray:
+    return np.concatenate([shard.tokens for shard in corpus.shards])
 
 
 def epoch_rows(packer, first_row_of_next_epoch: int):
@@ -76,7 +80,7 @@ def test_truncated_rows_read_every_token_once_an_epoch_without_gaps(lengths, cap
     assert all(len(row.token_ids) == capacity and row.document_lengths == (capacity,) for row in rows)
     for epoch in range(epochs):
         tokens = stream[epoch * packer.epoch_tokens : (epoch + 1) * packer.epoch_tokens]
-        assert sorted(tokens[tokens != END]) == sorted(corpus.tokens[corpus.tokens != END])
+        assert sorted(tokens[tokens != END]) == sorted(tokens_of(corpus)[tokens_of(corpus) != END])
         assert (tokens == END).sum() == len(lengths)  # one after each document, whether stored or added
     labels = np.concatenate([row.labels for row in rows])
     assert (labels[:-1] == stream[1:]).all()
