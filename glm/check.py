@@ -11,7 +11,7 @@ from glm.plan.memory import StageStates, build_states, fits, room_bytes, stage_m
 from glm.recipe.compose import Run, load_run
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.recipe.source import shown
-from glm.show import console, short
+from glm.show.text import console, short
 from glm.train.plan import count_steps, data_parallel_size
 
 BYTES = {"fp32": 4, "bf16": 2}

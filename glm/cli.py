@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("runfile", metavar="RUNFILE")
     show.add_argument("words", nargs="*", metavar="STAGE|KEY=VALUE")
     show.add_argument("--schedule", action="store_true", help="learning rate, batch and the rest over the tokens of all stages")
+    show.add_argument("--at", action="append", default=[], metavar="TOKENS", help="the schedules at these run tokens (15T), once or more")
+    show.add_argument("--plot", metavar="PATH", help="where the picture of --schedule goes (.svg, .png, .pdf); default RUN/schedule.svg")
     show.add_argument("--json", action="store_true", help="one JSON object a line")
 
     check = verb("check", _check, "are the recipes valid, and how large is what they describe", "glm check configs/glm45/*.yaml")
@@ -125,11 +127,14 @@ def _write_report(folder) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from glm.show import show_recipe, show_schedule
-
     stages, changes = split_words(options.words)
-    show = show_schedule if options.schedule else show_recipe
-    return show(options.runfile, stages, changes, as_json=options.json)
+    if options.schedule or options.at or options.plot:
+        from glm.show.schedule import show_schedule
+
+        return show_schedule(options.runfile, stages, changes, as_json=options.json, at=options.at, plot=options.plot)
+    from glm.show.recipe import show_recipe
+
+    return show_recipe(options.runfile, stages, changes, as_json=options.json)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -91,7 +91,6 @@ def test_the_schedule_of_the_large_run_is_the_paper_s():
     first, last = by_stage["pretrain_general"][0], by_stage["midtrain_long_context"][-1]
     assert abs(first["batch_tokens"] - 16e6) < 1e6 and abs(last["batch_tokens"] - 64e6) < 2e6 and last["lr"] == pytest.approx(2.5e-5)
     assert [rows[0]["sequence_length"] for rows in by_stage.values()][:5] == [4096, 4096, 32768, 32768, 131072]
-    assert "bias rate" in glm("show", TINY, "--schedule").stdout
 
 
 def test_check_without_a_name_checks_every_run_file():

@@ -45,6 +45,11 @@ class RunFolder:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def schedule(self) -> Path:
+        """The picture `glm show --schedule` draws."""
+        return self.root / "schedule.svg"
+
     def stage(self, name: str) -> Path:
         return self.root / "stages" / name
 

@@ -6,16 +6,18 @@ same steps as one that never stopped.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from glm.errors import RecipeError
 from glm.recipe.check import data_parallel_size
-from glm.recipe.schema import ModelStageRecipe, RLRecipe, TrainRecipe
+from glm.recipe.schema import ModelStageRecipe, RLRecipe, StageRecipe, TrainRecipe
 from glm.recipe.sections import Schedule
+from glm.recipe.units import format_count
 
 __all__ = [
-    "Progress", "StepPlan", "count_steps", "data_parallel_size", "lr_at", "plan_step", "progress_at", "schedule_table", "stage_steps",
-    "whole_micro_batches",
+    "Progress", "StepPlan", "count_steps", "data_parallel_size", "lr_at", "plan_step", "progress_at", "schedule_table", "stage_at",
+    "stage_steps", "total_tokens", "whole_micro_batches",
 ]
 
 
@@ -92,6 +94,46 @@ def lr_at(schedule: Schedule, tokens: int, stage_end: int) -> float:
     return schedule.final_lr + (schedule.peak_lr - schedule.final_lr) * left
 
 
+def stage_at(stages: Mapping[str, StageRecipe], tokens: int) -> tuple[str, int]:
+    """The stage a point of the run's clock lies in, and the tokens of that stage before it: what plan_step asks for.
+
+    A stage edge belongs to the stage that begins there, the end of the last stage to the last. Stages with a clock of their
+    own have no place on the run's; if all of ``stages`` have, there must be one, and ``tokens`` counts from its beginning.
+    Raises RecipeError with the range if ``tokens`` lies outside.
+    """
+    trained = {name: recipe for name, recipe in stages.items() if isinstance(recipe, ModelStageRecipe)}
+    clocked = {name: recipe.run_tokens_before for name, recipe in trained.items() if recipe.schedule.clock == "run"}
+    if not clocked and len(trained) == 1:
+        clocked = {name: 0 for name in trained}
+    for name, before in clocked.items():
+        if before <= tokens < before + total_tokens(trained[name]):
+            return name, tokens - before
+    ends = {before + total_tokens(trained[name]): name for name, before in clocked.items()}
+    if tokens in ends:
+        return ends[tokens], tokens - clocked[ends[tokens]]
+    if not clocked:
+        raise RecipeError(
+            f"--at {format_count(tokens)}", f"{', '.join(trained) or 'no stage that trains'}", "stages on the run's clock, or one stage with its own",
+            "name one stage: glm show RUNFILE STAGE --schedule --at TOKENS",
+        )
+    raise RecipeError(
+        f"--at {format_count(tokens)}", f"{format_count(tokens)} tokens",
+        f"what the stages cover: {_ranges([(before, before + total_tokens(trained[name])) for name, before in clocked.items()])}",
+        "choose a point in this range",
+    )
+
+
+def _ranges(parts: list[tuple[int, int]]) -> str:
+    """``0 to 23.1T``; parts that touch are one."""
+    joined: list[list[int]] = []
+    for start, end in sorted(parts):
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(end, joined[-1][1])
+        else:
+            joined.append([start, end])
+    return ", ".join(f"{format_count(start)} to {format_count(end)}" for start, end in joined)
+
+
 def stage_steps(recipe: ModelStageRecipe) -> Iterator[StepPlan]:
     """Every step of a stage from its beginning, in order."""
     progress = Progress()
@@ -119,7 +161,7 @@ def progress_at(recipe: ModelStageRecipe, stage_tokens: int) -> Progress:
 
 def schedule_table(recipe: ModelStageRecipe, rows: int = 8) -> list[StepPlan]:
     """Up to ``rows`` steps spread evenly over the tokens of a stage, the first and the last included."""
-    total = _stage_tokens(recipe)
+    total = total_tokens(recipe)
     last = plan_step(recipe, Progress(0, max(0, total - 1))).tokens
     points = [max(0, total - last) * row // max(1, rows - 1) for row in range(rows)]
     return [plan_step(recipe, progress) for progress in dict.fromkeys(progress_at(recipe, point) for point in points)]
@@ -138,7 +180,7 @@ def whole_micro_batches(recipe: ModelStageRecipe) -> int:
     return data_parallel_size(recipe) * recipe.batch.micro_batch_size * (layout.pp if layout.vpp > 1 else 1)
 
 
-def _stage_tokens(recipe: ModelStageRecipe) -> int:
+def total_tokens(recipe: ModelStageRecipe) -> int:
     """Tokens of the whole stage; those of RL count every reply at full length."""
     if isinstance(recipe, TrainRecipe):
         return recipe.tokens
@@ -147,7 +189,7 @@ def _stage_tokens(recipe: ModelStageRecipe) -> int:
 
 def _stage_end(recipe: ModelStageRecipe) -> int:
     """The end of the stage on the schedule's clock."""
-    return _stage_tokens(recipe) + (recipe.run_tokens_before if recipe.schedule.clock == "run" else 0)
+    return total_tokens(recipe) + (recipe.run_tokens_before if recipe.schedule.clock == "run" else 0)
 
 
 def _is_over(recipe: ModelStageRecipe, progress: Progress) -> bool:

@@ -1,22 +1,33 @@
 """Schedules as functions of the tokens seen, at full size and at tiny size."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm.errors import RecipeError
 from glm.recipe.compose import load_run
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.recipe.sections import Schedule
-from glm.train.plan import Progress, count_steps, data_parallel_size, lr_at, plan_step, progress_at, schedule_table, stage_steps
+from glm.train.plan import (
+    Progress, count_steps, data_parallel_size, lr_at, plan_step, progress_at, schedule_table, stage_at, stage_steps, whole_micro_batches,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "glm45"
 TINY = load_run(CONFIGS / "tiny.yaml").stages
 LARGE = load_run(CONFIGS / "355b.yaml").stages
 TRAINED = [stage for stage, recipe in LARGE.items() if isinstance(recipe, ModelStageRecipe)]
+CLOCKED = [stage for stage in TRAINED if LARGE[stage].schedule.clock == "run"]
 T = 10**12
+
+
+def at(stages, tokens: int):
+    """The step that begins at a point of the run."""
+    stage, inside = stage_at(stages, tokens)
+    return plan_step(stages[stage], Progress(stage_tokens=inside))
 
 
 def test_the_batch_rises_from_16M_to_64M_over_500B_and_stays():
@@ -118,3 +129,51 @@ def test_without_decay_until_the_decay_ends_with_the_stage_on_either_clock():
         schedule = TINY["sft_cold_start"].schedule
         assert plans[-1].lr == pytest.approx(schedule.final_lr)
         assert (plans[0].lr > 0.9 * schedule.peak_lr) == (clock == "stage")
+
+
+@settings(deadline=None)
+@given(st.integers(0, 231 * 10**11 - 10**9), st.integers(0, 10**9))
+def test_nothing_but_the_stated_edges_jumps_anywhere_in_23_1T_tokens(tokens, apart):
+    before, after = at(LARGE, tokens), at(LARGE, tokens + apart)
+    steepest = 2.5e-4 / 2e9                                           # warm-up; the cosine is a thousand times flatter
+    assert abs(after.lr - before.lr) <= steepest * (after.run_tokens + after.tokens - before.run_tokens - before.tokens) * (1 + 1e-9) + 1e-18
+    unit = max(whole_micro_batches(LARGE[stage]) * LARGE[stage].sequence_length for stage in CLOCKED)
+    assert abs(after.tokens - before.tokens) <= 48e6 * apart / 500e9 + unit
+    if stage_at(LARGE, tokens)[0] == stage_at(LARGE, tokens + apart)[0]:
+        assert before.tokens <= after.tokens
+        for name in ("mtp_weight", "bias_update_rate", "rotary_base", "sequence_length"):
+            assert getattr(before, name) == getattr(after, name)
+    assert (before.mtp_weight, before.bias_update_rate) == ((0.3, 1e-3) if tokens < 15 * T else (0.1, 0))
+    assert (before.rotary_base, before.sequence_length) == (
+        (10_000, 4096) if tokens < 22 * T else (10**6, 32_768 if tokens < 23 * T else 131_072))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(CLOCKED), st.lists(st.integers(0, 768_000), max_size=3))
+def test_a_run_plans_the_same_steps_wherever_and_however_often_it_stopped(stage, stops):
+    recipe = TINY[stage]
+    straight, broken = list(stage_steps(recipe)), []
+    progress = Progress()
+    for stop in [*sorted(stops), recipe.tokens]:
+        progress = Progress(**asdict(progress))    # what a checkpoint holds: two integers
+        while progress.stage_tokens < min(stop, recipe.tokens):
+            broken.append(plan_step(recipe, progress))
+            progress = progress.after(broken[-1])
+    assert broken == straight
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(20, 4000), min_size=5, max_size=5), st.integers(0, 10**9))
+def test_run_tokens_add_up_over_stage_edges_whatever_the_stages_hold(thousands, anywhere):
+    overrides = [f"{stage}.tokens={count * 1000}" for stage, count in zip(CLOCKED, thousands)]
+    stages = load_run(CONFIGS / "tiny.yaml", overrides).stages
+    edge = 0
+    for stage, count in zip(CLOCKED, thousands):
+        assert stages[stage].run_tokens_before == edge and stage_at(stages, edge) == (stage, 0)
+        assert stage_at(stages, edge + count * 1000 - 1) == (stage, count * 1000 - 1)
+        last = schedule_table(stages[stage], 2)[-1]
+        assert last.run_tokens < edge + count * 1000 <= last.run_tokens + last.tokens
+        edge += count * 1000
+    assert stage_at(stages, edge) == (CLOCKED[-1], stages[CLOCKED[-1]].tokens), "the end of all is the last stage's"
+    with pytest.raises(RecipeError, match="0 to "):
+        stage_at(stages, edge + 1 + anywhere)
