@@ -13,7 +13,7 @@ from glm.recipe.mixture import read_mixture
 from glm.recipe.overrides import Override, parse_overrides
 from glm.recipe.saved import chained_fingerprint, dump_recipe, fingerprint, load_recipe
 from glm.recipe.schema import (
-    RECIPE_OF_MAIN, ChatRecipe, ExportRecipe, ModelStageRecipe, RLRecipe, StageRecipe, TokenizerRecipe, TrainRecipe,
+    RECIPE_OF_MAIN, ChatRecipe, ExportRecipe, ModelStageRecipe, PreparingRecipe, RLRecipe, StageRecipe, TokenizerRecipe, TrainRecipe,
 )
 from glm.recipe.source import Placed, merge, nearest, origins, read_yaml, shown
 from glm.recipe.typed import build, check_keys, field_types
@@ -40,10 +40,12 @@ class Run:
     """Stage -> dotted key -> ``file:line`` or ``command line``; a key that is not here has its default."""
 
     def needs(self, stage: str) -> tuple[str, ...]:
-        """Stages whose results this one reads: its parent, and the tokenizer that comes before it."""
+        """Stages whose results this one reads: its parent, the tokenizer that comes before it, and those that prepared its sources."""
         recipe, before = self.stages[stage], list(self.stages)[: list(self.stages).index(stage)]
         tokenizers = [name for name in before if isinstance(self.stages[name], TokenizerRecipe)][-1:]
-        return tuple(dict.fromkeys(([recipe.parent] if recipe.parent else []) + tokenizers))
+        read = {source.corpus.split("/")[0] for source in recipe.data.sources.values()} if isinstance(recipe, TrainRecipe) else set()
+        prepared = [name for name in before if isinstance(self.stages[name], PreparingRecipe) and read & set(self.stages[name].prepares)]
+        return tuple(dict.fromkeys(([recipe.parent] if recipe.parent else []) + tokenizers + prepared))
 
     def fingerprints(self) -> dict[str, str]:
         """Of every stage, over its recipe and those of all stages it builds on."""
@@ -208,7 +210,7 @@ def _parent(stage: str, draft: Placed, earlier: dict[str, StageRecipe]) -> str |
     if told is None:
         wanted = (ExportRecipe,) if issubclass(kind, ChatRecipe) else (ModelStageRecipe,)
         found = [name for name, recipe in earlier.items() if isinstance(recipe, wanted)]
-        return found[-1] if found and not issubclass(kind, TokenizerRecipe) else None
+        return found[-1] if found and not issubclass(kind, (TokenizerRecipe, PreparingRecipe)) else None
     if told.value not in earlier:
         raise RecipeError(told.origin, f"from: {told.value}", f"a stage above {stage}", nearest(str(told.value), earlier))
     return told.value

@@ -11,7 +11,7 @@ from glm.recipe.schema import RECIPE_OF_MAIN, StageRecipe
 
 NOT_PART_OF_THE_RESULT = (
     "name", "run_folder", "logging", "launcher.kind", "launcher.timeout_seconds", "checkpoint.every_steps", "checkpoint.keep",
-    "engine.start_timeout_seconds", "engine.request_timeout_seconds", "device", "recompute",
+    "engine.start_timeout_seconds", "engine.request_timeout_seconds", "device", "recompute", "workers",
 )
 """Keys that may change between two starts of the same stage."""
 

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from glm.recipe.raw import Deduplicate, RawData, RawSource, Semantic
 from glm.recipe.sections import (
     Batch, Checkpoint, Data, Device, Engine, Evaluation, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
     Reinforcement, Rollout, Router, Schedule, Section, Tokenizer,
@@ -44,6 +45,40 @@ class TokenizerRecipe(StageRecipe):
 
     tokenizer: Tokenizer
     data: Data
+
+
+class PreparingRecipe(StageRecipe):
+    """A stage that makes tokenized corpora which mixtures name as SOURCE/BUCKET."""
+
+    workers: Annotated[int, Field(gt=0)] | None = None
+    """Processes on each node; none: one a core. The result is the same for any number."""
+
+    @property
+    def prepares(self) -> tuple[str, ...]:
+        """Names of its sources."""
+        raise NotImplementedError
+
+
+class PrepareRecipe(PreparingRecipe):
+    """pretrain.prepare: raw sources to tokenized corpora by source and quality bucket."""
+
+    data: RawData = RawData()
+    sources: Annotated[dict[str, RawSource], Field(min_length=1)]
+    """In order: of two documents alike in two sources, the first source's stays."""
+    shortest_characters: Annotated[int, Field(gt=0)] = 32
+    """Shorter documents are dropped."""
+    broken_limit: Annotated[int, Field(ge=0)] = 100
+    """Records of one source that may be unreadable; they are counted and skipped, one more is an error."""
+    deduplicate: Deduplicate = Deduplicate()
+    semantic: Semantic | None = None
+    task_bytes: PositiveCount = 64_000_000
+    """Raw bytes one task reads. It decides how the corpora are cut into shards, not which documents they have."""
+    plugins: tuple[str, ...] = ()
+    """Modules that register scorers or embedders, imported before any is looked up."""
+
+    @property
+    def prepares(self) -> tuple[str, ...]:
+        return tuple(self.sources)
 
 
 class ModelStageRecipe(StageRecipe):
@@ -103,6 +138,7 @@ class ChatRecipe(StageRecipe):
 
 RECIPE_OF_MAIN: dict[str, type[StageRecipe]] = {
     "pretrain.tokenizer": TokenizerRecipe,
+    "pretrain.prepare": PrepareRecipe,
     "pretrain.train": TrainRecipe,
     "midtrain.train": TrainRecipe,
     "posttrain.sft": TrainRecipe,
