@@ -30,7 +30,7 @@ from glm.tokenizer.special_tokens import END_OF_TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "2"
+FORMAT = "3"
 """Raised when the same inputs give other tokens, or other ones held out."""
 DOCUMENTS_AT_ONCE = 256
 

@@ -16,6 +16,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from glm.data.repository import repository_text
+
 NOT_SOURCE = {"test", "tests", "idle_test", "__pycache__", "site-packages"}
 NOT_REPOSITORIES = {"idlelib", "pydoc_data", "encodings"}
 """pydoc_data is prose already; encodings is mostly tables of characters."""
@@ -105,51 +107,6 @@ def code() -> Iterator[tuple[str, str]]:
             yield path.name, text
 
 
-def _imported_modules(source: str, package: str) -> set[str]:
-    """Dotted names a file imports; relative ones are taken as inside ``package``."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return set()
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, [package if node.level else "", node.module or ""]))
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return names
-
-
-def dependency_order(sources: dict[str, str]) -> list[str]:
-    """Paths of a package, imported files before those that import them; a circle is cut where it is met.
-
-    ``sources``: path relative to the folder that holds the package -> text.
-    """
-    module_of = {path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sources}
-    path_of = {module: path for path, module in module_of.items()}
-    ordered: list[str] = []
-    visited: set[str] = set()
-
-    def visit(path: str) -> None:
-        if path in visited:
-            return
-        visited.add(path)
-        package = module_of[path] if path.endswith("__init__.py") else module_of[path].rpartition(".")[0]
-        for name in sorted(_imported_modules(sources[path], package)):
-            if name in path_of:
-                visit(path_of[name])
-        ordered.append(path)
-
-    for path in sorted(sources):
-        visit(path)
-    return ordered
-
-
-def repository_text(sources: dict[str, str]) -> str:
-    return "\n".join(f"# file: {path}\n{sources[path].rstrip()}\n" for path in dependency_order(sources))
-
-
 def repositories() -> Iterator[tuple[str, str]]:
     library = Path(sysconfig.get_path("stdlib"))
     packages = sorted(
@@ -160,4 +117,4 @@ def repositories() -> Iterator[tuple[str, str]]:
         texts = {path.relative_to(library).as_posix(): _read(path) for path in _python_files(library / package)}
         sources = {path: text for path, text in texts.items() if text}
         if sources:
-            yield package, repository_text(sources)
+            yield package, repository_text(package, sources)

@@ -7,7 +7,6 @@ import pytest
 
 from glm.data import python_corpus
 from glm.data.documents import CORPORA, TEXT_CORPORA, corpus_fingerprint, documents
-from glm.data.python_corpus import dependency_order, repository_text
 from glm.errors import DataError
 
 
@@ -29,20 +28,6 @@ def test_code_and_repositories_share_no_file():
     files = [line.removeprefix("# file: ") for line in text.split("\n") if line.startswith("# file: ")]
     assert len(modules) > 50 and len(files) > 50 and len(set(files)) == len(files)
     assert not modules & set(files)
-
-
-def test_a_repository_lists_imported_files_before_their_importers():
-    sources = {
-        "p/__init__.py": "from p.main import run\n", "p/main.py": "from . import low\nimport p.mid\n",
-        "p/mid.py": "from .low import x\n", "p/low.py": "x = 1\n",
-    }
-    assert dependency_order(sources) == ["p/low.py", "p/mid.py", "p/main.py", "p/__init__.py"]
-    text = repository_text(sources)
-    assert text.index("# file: p/low.py") < text.index("# file: p/mid.py")
-
-
-def test_a_circle_of_imports_is_cut():
-    assert sorted(dependency_order({"p/a.py": "import p.b\n", "p/b.py": "import p.a\n"})) == ["p/a.py", "p/b.py"]
 
 
 def test_the_users_folder_replaces_the_text_corpora_but_not_the_problems(tmp_path):
