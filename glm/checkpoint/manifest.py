@@ -34,9 +34,18 @@ def step_folder(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Everything with a checkpoint's name, oldest first, whatever is in it."""
+    return sorted((path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()), key=step_of)
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in ``folder``, oldest first."""
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if (path / MANIFEST).exists())
+    return [step_of(path) for path in step_folders(folder) if (path / MANIFEST).exists()]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -74,35 +83,57 @@ def read_manifest(checkpoint: Path) -> dict:
         raise CheckpointError(str(path), str(error), "JSON", f"remove {checkpoint} to continue from the one before it") from error
 
 
-def digest_files(folder: Path) -> dict[str, dict]:
-    """The manifest's entry for every file of a checkpoint just written: its size, and digests of its items or of the whole."""
+def seal(manifest: dict) -> dict:
+    """The manifest with a digest of itself, so that a changed bit in it is told like one in the files it vouches for."""
+    return manifest | {"sha256": _own_digest(manifest)}
+
+
+def digest_files(folder: Path, known: dict[tuple[str, int, int], str] | None = None) -> dict[str, dict]:
+    """The manifest's entry for every file of a checkpoint just written: its size, and digests of its items or of the whole.
+
+    ``known``: {(file, offset, bytes): sha256} of what the ranks digested as they wrote; the rest is read here.
+    """
+    known = known or {}
     of_file: dict[str, list[torch_dist.Item]] = {}
     for item in torch_dist.items(folder):
         of_file.setdefault(item.file, []).append(item)
     entries = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
-        entries[name] = {"bytes": path.stat().st_size}
+        name, size = str(path.relative_to(folder)), path.stat().st_size
+        entries[name] = {"bytes": size}
         if name in of_file:
             entries[name]["items"] = {
-                item.label: {"offset": item.offset, "bytes": item.length, "sha256": range_digest(path, item.offset, item.length)}
+                item.label: {
+                    "offset": item.offset, "bytes": item.length,
+                    "sha256": known.get((name, item.offset, item.length)) or range_digest(path, item.offset, item.length),
+                }
                 for item in of_file[name]
             }
         else:
-            entries[name]["sha256"] = range_digest(path, 0, path.stat().st_size)
+            entries[name]["sha256"] = range_digest(path, 0, size)
     return entries
 
 
-def verify(checkpoint: Path) -> bool:
+def verify(checkpoint: Path, share: int = 0, shares: int = 1) -> bool:
     """Compares every file with the manifest's size and digests. Raises CheckpointError naming the first that differs.
 
-    False when the checkpoint was written without digests: sizes were compared, contents could not be.
+    Of ``shares`` verifiers each reads its own even part of the bytes. False when the checkpoint was written without
+    digests: sizes were compared, contents could not be.
     """
-    files = read_manifest(checkpoint)["files"]
-    check_sizes(checkpoint, files)
-    for name, entry in files.items():
-        for label, part in parts(entry).items():
+    manifest = read_manifest(checkpoint)
+    if manifest.get("sha256") not in (None, _own_digest(manifest)):
+        _corrupt(checkpoint / MANIFEST, checkpoint / MANIFEST, f"sha256 {_own_digest(manifest)[:16]}…", f"sha256 {manifest['sha256'][:16]}…")
+    try:
+        files = manifest["files"]
+        check_sizes(checkpoint, files)
+        listed = [(name, label, part) for name, entry in files.items() for label, part in parts(entry).items()]
+        total, before = sum(part["bytes"] for _, _, part in listed), 0
+    except (KeyError, TypeError, AttributeError) as error:
+        _corrupt(checkpoint / MANIFEST, checkpoint / MANIFEST, f"{type(error).__name__}: {str(error)[:200]}", "the manifest as it was written")
+    for name, label, part in listed:
+        if before * shares // max(1, total) == share:
             check_part(checkpoint / name, label, part)
+        before += part["bytes"]
     return all(parts(entry) for entry in files.values())
 
 
@@ -142,6 +173,11 @@ def range_digest(path: Path, offset: int, length: int) -> str:
             digest.update(buffer[:count])
             length -= count
     return digest.hexdigest()
+
+
+def _own_digest(manifest: dict) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _corrupt(path: Path, where: object, found: str, expected: str) -> None:

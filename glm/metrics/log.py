@@ -57,16 +57,20 @@ class MetricLog:
             self._console.line(step, metrics)
         self._console.advance(step, metrics)
 
-    def rewind(self, step: int) -> None:
-        """Drops this stage's lines with a later step than ``step``, for a stage that resumes there; -1 drops them all."""
+    def rewind(self, step: int) -> list[dict]:
+        """Drops this stage's lines with a later step than ``step``, for a stage that resumes there; -1 drops them all.
+
+        Returns what was dropped, oldest first."""
         if not self.enabled:
-            return
+            return []
         self._file.close()
-        kept = [record for record in read_lines(self.path).records
-                if record.get("stage") != self.stage or record.get("step", 0) <= step]
+        records = read_lines(self.path).records
+        dropped = [record for record in records if record.get("stage") == self.stage and record.get("step", 0) > step]
+        kept = [record for record in records if record.get("stage") != self.stage or record.get("step", 0) <= step]
         write_atomically(self.path, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in kept))
         self._file = self.path.open("ab")
         self._seconds_before = self._last_seconds()
+        return dropped
 
     def close(self) -> None:
         """Ends the progress bar and the wandb run. Twice is once."""

@@ -10,10 +10,12 @@ from glm.errors import RecipeError
 from glm.recipe.schema import RECIPE_OF_MAIN, StageRecipe
 
 NOT_PART_OF_THE_RESULT = (
-    "name", "run_folder", "logging", "launcher.kind", "launcher.timeout_seconds", "checkpoint.every_steps", "checkpoint.keep",
-    "engine.start_timeout_seconds", "engine.request_timeout_seconds", "device", "recompute", "workers",
+    "name", "run_folder", "logging", "launcher.kind", "launcher.timeout_seconds", "checkpoint", "engine.start_timeout_seconds",
+    "engine.request_timeout_seconds", "device", "recompute", "workers",
 )
 """Keys that may change between two starts of the same stage."""
+RESULT_UP_TO_ROUNDING = ("layout", "launcher", "platform", "kernels")
+"""These may change too: the order of sums changes with them, and where the batch does not divide, by how much it is rounded."""
 
 
 def dump_recipe(recipe: StageRecipe) -> dict:
@@ -51,9 +53,11 @@ def chained_fingerprint(recipe: StageRecipe, parents: list[str]) -> str:
     return _digest([fingerprint(recipe), *parents])
 
 
-def differing_keys(old: StageRecipe, new: StageRecipe) -> list[str]:
-    """``schedule.peak_lr: 0.001 -> 0.002`` for each key that makes the fingerprints differ."""
-    before, after = _result_keys(old), _result_keys(new)
+def differing_keys(old: StageRecipe, new: StageRecipe, only: tuple[str, ...] = ()) -> list[str]:
+    """``schedule.peak_lr: 0.001 -> 0.002`` for each key that makes the fingerprints differ, or for each below ``only``."""
+    before, after = (_below(flatten(dump_recipe(old)), only), _below(flatten(dump_recipe(new)), only)) if only else (
+        _result_keys(old), _result_keys(new)
+    )
     absent = "(not set)"
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key, absent) != after.get(key, absent)]
     return [f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}" for key in keys]
@@ -69,11 +73,13 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _result_keys(recipe: StageRecipe) -> dict[str, object]:
-    left_out = NOT_PART_OF_THE_RESULT
-    return {
-        key: value for key, value in flatten(dump_recipe(recipe)).items()
-        if key not in left_out and not key.startswith(tuple(f"{name}." for name in left_out))
-    }
+    flat = flatten(dump_recipe(recipe))
+    left_out = _below(flat, NOT_PART_OF_THE_RESULT + RESULT_UP_TO_ROUNDING)
+    return {key: value for key, value in flat.items() if key not in left_out}
+
+
+def _below(flat: dict[str, object], names: tuple[str, ...]) -> dict[str, object]:
+    return {key: value for key, value in flat.items() if key in names or key.startswith(tuple(f"{name}." for name in names))}
 
 
 def _digest(value: object) -> str:

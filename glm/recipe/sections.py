@@ -272,6 +272,10 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0 saves only at the end of the stage."""
     keep: Positive = 2
     """Newest checkpoints of the stage that are kept."""
+    milestone_tokens: Annotated[Count, Field(ge=0)] = 0
+    """At every multiple of so many run tokens a checkpoint is made and kept for ever; 0: none."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; it is there some steps later. Needs room for a second copy of a rank's state."""
 
 
 class Logging(Section):

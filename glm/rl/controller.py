@@ -19,7 +19,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from glm import runtime as runtimes
-from glm.checkpoint import store
 from glm.checkpoint.run_folder import RunFolder, write_atomically
 from glm.errors import EngineError
 from glm.inference.client import EngineClient
@@ -38,8 +37,8 @@ from glm.rl.types import Environment, Group, TrainSample
 from glm.rl.weight_sync import WeightSync
 from glm.runtime import Runtime
 from glm.tokenizer import load_tokenizer
-from glm.train.loop import restore, save
 from glm.train.plan import StepPlan, plan_step
+from glm.train.resume import StageCheckpoints
 from glm.train.step import StepOutcome, Trainer
 
 
@@ -50,7 +49,8 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
     folder = RunFolder.of(recipe)
     trainer = Trainer(recipe)
     trainer.set_head(mtp_detached=True, temperature=recipe.rollout.temperature)
-    progress = restore(trainer, recipe, folder, runtime)
+    checkpoints = StageCheckpoints(recipe, folder, runtime, trainer)
+    progress = checkpoints.restore().progress
     sync = WeightSync(recipe, folder.tokenizer, runtime)
     sync.export(trainer)
     with ExitStack() as stack:
@@ -72,13 +72,11 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
             plan = plan_step(recipe, progress)
             log.line(plan.step + 1, step(recipe, trainer, actor, sync, runtime, plan))
             progress = progress.after(plan)
-            if recipe.checkpoint.every_steps and progress.step % recipe.checkpoint.every_steps == 0:
-                save(trainer, recipe, folder, runtime, progress)
+            checkpoints.after_step(progress)
             if actor and recipe.evaluation.every_steps and progress.step % recipe.evaluation.every_steps == 0 \
                     and progress.step < recipe.rl.steps:
                 log.line(progress.step, {"eval/phase": "during"} | actor.evaluate(progress.step))
-        if progress.step not in store.checkpoint_steps(folder.checkpoints(recipe.stage)):
-            save(trainer, recipe, folder, runtime, progress)
+        checkpoints.close(progress)
         if actor:
             log.line(progress.step, {"eval/phase": "after"} | actor.evaluate(progress.step))
     runtimes.stop()

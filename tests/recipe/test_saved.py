@@ -7,7 +7,7 @@ import pytest
 from glm.errors import RecipeError
 from glm.recipe.compose import fingerprint, load_recipe, load_run
 from glm.recipe.mixture import load_mixture, mixture_of
-from glm.recipe.saved import differing_keys
+from glm.recipe.saved import RESULT_UP_TO_ROUNDING, differing_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "glm45"
 TINY = CONFIGS / "tiny.yaml"
@@ -22,11 +22,21 @@ def test_logging_folders_and_checkpoint_intervals_do_not_change_a_fingerprint():
     assert changed == prints()
 
 
-@pytest.mark.parametrize("override", ["seed=1", "model.init_std=0.03", "layout.ep=1", "data.sources.dialogues.share=1.0"])
+@pytest.mark.parametrize("override", ["seed=1", "model.init_std=0.03", "data.sources.dialogues.share=1.0"])
 def test_what_changes_the_result_changes_the_fingerprint(override):
     if override.startswith("data"):
         override = "sft_cold_start.data.problems=7"
     assert prints(override)["sft_cold_start"] != prints()["sft_cold_start"]
+
+
+def test_another_layout_or_machine_is_the_same_stage_up_to_rounding():
+    overrides = ("layout.ep=1", "layout.tp=2", "launcher.threads_per_rank=2")
+    assert prints(*overrides) == prints()
+    old, new = (load_run(TINY, list(given)).stages["pretrain_general"] for given in ((), overrides))
+    assert differing_keys(old, new) == []
+    assert differing_keys(old, new, only=RESULT_UP_TO_ROUNDING) == [
+        "launcher.threads_per_rank: 1 -> 2", "layout.tp: 1 -> 2", "layout.ep: 2 -> 1",
+    ]
 
 
 def test_a_stage_s_fingerprint_contains_its_parents_and_the_tokenizer_s():

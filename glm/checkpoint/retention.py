@@ -1,0 +1,39 @@
+"""Which checkpoints of a stage stay, and how one leaves: by a rename first, so that no half of one keeps its name."""
+
+import shutil
+import time
+from pathlib import Path
+
+from glm.checkpoint.manifest import checkpoint_steps, step_folder
+
+MILESTONE = "milestone"
+"""A file of this name in a checkpoint keeps it for ever. Put one there by hand to keep any other."""
+_LEAVING = ".leaving.tmp"
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Removes the oldest beyond ``keep``; milestones neither go nor count."""
+    steps = [step for step in checkpoint_steps(folder) if not (folder / step_folder(step) / MILESTONE).exists()]
+    for step in steps[:-keep]:
+        remove(folder / step_folder(step))
+
+
+def remove(checkpoint: Path) -> None:
+    leaving = checkpoint.with_name(f".{checkpoint.name}{_LEAVING}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Takes away what a killed save or removal left behind."""
+    for draft in folder.glob(".step_*.tmp"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a bad checkpoint so that nobody continues from it and everybody can look at it. Returns where it is."""
+    aside = checkpoint.with_name(f"bad_{checkpoint.name}")
+    while aside.exists():
+        aside = checkpoint.with_name(f"bad_{checkpoint.name}.{time.time_ns():x}")
+    return checkpoint.rename(aside)
