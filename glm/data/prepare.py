@@ -7,6 +7,7 @@ many documents and tokens they have.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.data.batches import Batches, manifest_path
 from glm.data.documents import TEXT_CORPORA, corpus_fingerprint, dialogues, documents
+from glm.data.encoding import encode_stream
 from glm.data.prepared import prepared_corpus
 from glm.data.tokenized import Document, read_facts, write_corpus
 from glm.errors import DataError
@@ -24,7 +26,8 @@ from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
 from glm.recipe.sections import Data
 from glm.tokenizer.chat_template import encode_segments, render
-from glm.tokenizer.load import digest_of, encode_texts, load_tokenizer, token_id
+from glm.tokenizer.encode import TextEncoder, text_encoder
+from glm.tokenizer.load import digest_of, load_tokenizer, token_id
 from glm.tokenizer.special_tokens import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ def prepare(recipe: TrainRecipe, folder: RunFolder) -> None:
         if source.is_prepared:
             _require_prepared(facts[source_name], folder, name, tokenizer_digest)
         elif facts[source_name] is None:
-            _tokenize(source.corpus, recipe.data, recipe.seed, tokenizer, folder.data, name)
+            _tokenize(source.corpus, recipe.data, recipe.seed, tokenizer, folder, name)
             facts[source_name] = read_facts(folder.data, name)
     manifest = {"sources": names, "end_of_text": token_id(tokenizer, END_OF_TEXT)}
     _require_same_data(recipe, folder, manifest)
@@ -89,16 +92,18 @@ def corpus_name(corpus: str, data: Data, seed: int, tokenizer_digest: str) -> st
     return f"{kind}-{hashlib.blake2b(json.dumps(inputs).encode(), digest_size=6).hexdigest()}"
 
 
-def _tokenize(corpus: str, data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast", folder: Path, name: str) -> None:
-    dropped = {"empty": 0, "repeated": 0}
+def _tokenize(corpus: str, data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast", folder: RunFolder, name: str) -> None:
+    counts: Counter[str] = Counter()
     if corpus == "dialogues":
         encoded = _encoded_dialogues(data, seed, tokenizer)
-        total: int | None = data.problems
     else:
-        encoded = _encoded_texts(corpus, data, seed, tokenizer, dropped)
-        total = data.problems if corpus == "problems" else None
+        encoded = _encoded_texts(corpus, data, seed, text_encoder(folder.tokenizer), counts)
+    total = data.problems if corpus in ("dialogues", "problems") else None
     progress = tqdm(encoded, desc=f"tokenize {name.split('-')[0]}", total=total, unit="doc", disable=None, leave=False)
-    write_corpus(folder, name, progress, vocab_size=len(tokenizer), facts={"corpus": corpus, "dropped": dropped})
+    facts = {"corpus": corpus, "tokenizer": digest_of(folder.tokenizer)}
+    write_corpus(folder.data, name, progress, vocab_size=len(tokenizer), facts=facts, counted=lambda: {
+        "dropped": {reason: counts[reason] for reason in ("empty", "repeated")}, "control_strings": counts["control_strings"],
+    })
 
 
 def _in_batches(items: Iterable) -> Iterator[list]:
@@ -107,25 +112,25 @@ def _in_batches(items: Iterable) -> Iterator[list]:
         yield batch
 
 
-def _encoded_texts(corpus: str, data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast", dropped: dict[str, int]
-                   ) -> Iterator[Document]:
+def _encoded_texts(corpus: str, data: Data, seed: int, encoder: TextEncoder, counts: Counter[str]) -> Iterator[Document]:
     """Each text ends with <|endoftext|>. Empty texts and exact repetitions are dropped and counted; problems may repeat."""
-    end = token_id(tokenizer, END_OF_TEXT)
+    texts = documents(corpus, data.documents, data.problems, seed)
+    for encoded in encode_stream(texts if corpus == "problems" else _kept(texts, counts), encoder):
+        counts["control_strings"] += encoded.control_strings
+        yield Document(encoded.ids, key=encoded.key if corpus == "problems" else None)
+
+
+def _kept(texts: Iterable[tuple[str, str]], counts: Counter[str]) -> Iterator[tuple[str, str]]:
     seen: set[bytes] = set()
-    for batch in _in_batches(documents(corpus, data.documents, data.problems, seed)):
-        kept = []
-        for name, text in batch:
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            if not text.strip():
-                dropped["empty"] += 1
-            elif corpus != "problems" and digest in seen:
-                dropped["repeated"] += 1
-            else:
-                seen.add(digest)
-                kept.append((name, text))
-        encoded = encode_texts(tokenizer, [text for _, text in kept])
-        for (name, _), ids in zip(kept, encoded, strict=True):
-            yield Document([*ids, end], key=name if corpus == "problems" else None)
+    for name, text in texts:
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if not text.strip():
+            counts["empty"] += 1
+        elif digest in seen:
+            counts["repeated"] += 1
+        else:
+            seen.add(digest)
+            yield name, text
 
 
 def _encoded_dialogues(data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Document]:
@@ -142,8 +147,10 @@ def _report(recipe: TrainRecipe, folder: RunFolder, facts: dict[str, dict]) -> N
     lines = Batches(recipe, folder).report()
     for name, line in lines.items():
         line["dropped"] = facts[name].get("dropped", {})
+        line["control_strings"] = facts[name].get("control_strings", 0)
         print(
             f"{recipe.stage}: {name} {line['documents']:,} documents, {line['tokens']:,} tokens, {line['epochs']:.2f} epochs"
-            + "".join(f", {count} {reason} dropped" for reason, count in line["dropped"].items() if count), flush=True,
+            + "".join(f", {count} {reason} dropped" for reason, count in line["dropped"].items() if count)
+            + (f", {line['control_strings']} control tokens spelled out, read as text" if line["control_strings"] else ""), flush=True,
         )
     write_json(path, {**stages, recipe.stage: lines})

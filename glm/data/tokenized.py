@@ -11,7 +11,7 @@ A corpus of many shards is a NAME.json alone that lists them in order; its docum
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ class Document:
     """Tokens, and for a dialogue the mask of what the assistant writes. Documents of one ``key`` are held out together, in
     every corpus: a problem met in one is not validated with in another. Without a key, equal tokens are."""
 
-    ids: list[int]
+    ids: Sequence[int] | np.ndarray
     mask: list[int] | None = None
     key: str | None = None
 
@@ -57,8 +57,8 @@ def _hold_out_a_tail(offsets: list[int], held_out: list[int]) -> None:
 
 
 def write_corpus(folder: Path, name: str, documents: Iterable[Document], *, vocab_size: int,
-                 facts: dict[str, object], whole: bool = True) -> None:
-    """Writes all documents; masks for all or for none. ``facts`` go into the .json.
+                 facts: dict[str, object], counted: Callable[[], dict] = dict, whole: bool = True) -> None:
+    """Writes all documents; masks for all or for none. ``facts`` go into the .json, and what is ``counted`` at the end.
 
     ``whole`` False: one shard of a list, which may be empty or have nothing held out; ``write_shard_list`` looks after that.
     Every file gets its name only when complete, the .json last. Raises DataError if there is nothing to train on.
@@ -99,7 +99,7 @@ def write_corpus(folder: Path, name: str, documents: Iterable[Document], *, voca
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
     write_json(folder / f"{name}.json", {
-        **facts, "dtype": kind.__name__, "documents": len(held_out), "held_out_documents": sum(held_out),
+        **facts, **counted(), "dtype": kind.__name__, "documents": len(held_out), "held_out_documents": sum(held_out),
         "tokens": offsets[-1], "masked": masked, "files": files,
     })
 

@@ -46,14 +46,16 @@ def digest_of(folder: Path) -> str:
 
 def plain_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     """The backend without its added tokens; the ids of text are the same."""
+    if tokenizer not in _plain_copies:
+        _plain_copies[tokenizer] = without_added_tokens(tokenizer.backend_tokenizer.to_str())
+    return _plain_copies[tokenizer]
+
+
+def without_added_tokens(tokenizer_json: str) -> "Tokenizer":
+    """The tokenizer a tokenizer.json describes, which finds no control token in any text."""
     from tokenizers import Tokenizer
 
-    if tokenizer not in _plain_copies:
-        description = json.loads(tokenizer.backend_tokenizer.to_str())
-        description["added_tokens"] = []
-        description["post_processor"] = None
-        _plain_copies[tokenizer] = Tokenizer.from_str(json.dumps(description))
-    return _plain_copies[tokenizer]
+    return Tokenizer.from_str(json.dumps(json.loads(tokenizer_json) | {"added_tokens": [], "post_processor": None}))
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:

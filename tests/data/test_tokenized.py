@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm.checkpoint.run_folder import write_json
@@ -29,6 +29,7 @@ def texts(count, seed=0):
     return [Document(rng.integers(0, 700, rng.integers(1, 90)).tolist()) for _ in range(count)]
 
 
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any))
 def test_a_list_of_shards_is_the_same_corpus_as_one_shard(tmp_path_factory, counts):
     folder = tmp_path_factory.mktemp("corpus")
