@@ -5,6 +5,19 @@ import errno
 REQUEUE_CODE = 75
 """What a stage exits with after it saved because the scheduler told it to stop (EX_TEMPFAIL): start it again, it continues."""
 
+ROLLBACK_CODE = 76
+"""What a stage exits with after it decided to go back to an earlier checkpoint: start it again, it does."""
+HANG_CODE = 77
+"""What a rank exits with that waited too long."""
+
+
+class StageStopped(Exception):
+    """A stage ends before its end, on purpose and on all ranks; the same command continues. ``code``: what to exit with."""
+
+    def __init__(self, code: int, reason: str):
+        self.code, self.reason = code, reason
+        super().__init__(reason)
+
 
 class UserError(ValueError):
     """A mistake of the user's or of the machine's, told in four parts. The command line prints it without a traceback."""

@@ -10,7 +10,7 @@ from pathlib import Path
 def run(recipe_path: Path) -> int:
     """Runs the recipe's main; returns the exit status. A user's mistake is told without a traceback."""
     from glm import platform
-    from glm.errors import UserError, explain_os_error
+    from glm.errors import StageStopped, UserError, explain_os_error
     from glm.platform.lifetime import die_with_parent
     from glm.platform.ranks import place
     from glm.recipe.compose import load_recipe
@@ -34,6 +34,10 @@ def run(recipe_path: Path) -> int:
             raise
         print(f"\n{type(explained).__name__}: {explained}", file=sys.stderr, flush=True)
         return 2
+    except StageStopped as stopped:
+        if place().rank == 0:
+            print(f"{recipe.stage}: {stopped.reason}", flush=True)
+        return stopped.code
     except KeyboardInterrupt:
         return 130
     return 0

@@ -28,6 +28,8 @@ class CheckpointInfo:
     rotary_base: int
     megatron: dict = field(default_factory=dict)
     """The recipe's section of that name: whoever rebuilds the model needs it too."""
+    guard: dict = field(default_factory=dict)
+    """What refuses a step (glm.train.guard.History): a resumed run decides as if it had never stopped."""
 
 
 def step_folder(step: int) -> str:

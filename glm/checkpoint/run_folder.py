@@ -64,6 +64,30 @@ class RunFolder:
         """Sample dialogues, one JSON object a line."""
         return self.stage(stage) / "samples.jsonl"
 
+    def skipped(self, stage: str) -> Path:
+        """Refused steps and their data, one JSON object a line."""
+        return self.stage(stage) / "skipped.jsonl"
+
+    def rollbacks(self, stage: str) -> Path:
+        """How often the stage went back, to where, and the rows it leaves out since."""
+        return self.stage(stage) / "rollbacks.json"
+
+    def restarts(self, stage: str) -> Path:
+        """Why `glm run` started the stage again, one JSON object a line."""
+        return self.stage(stage) / "restarts.jsonl"
+
+    def stop_request(self, stage: str) -> Path:
+        """Whoever puts this file there asks the stage to save and to stop, as SIGTERM does."""
+        return self.stage(stage) / "stop"
+
+    def requeue(self, stage: str) -> Path:
+        """Written when the stage saved and stopped because it was asked to; gone when it goes on."""
+        return self.stage(stage) / "requeue.json"
+
+    def hang(self, stage: str, rank: int) -> Path:
+        """Where a rank stood when it had waited too long."""
+        return self.stage(stage) / f"hang_rank_{rank}.txt"
+
     def done(self, stage: str) -> Path:
         """Written last; holds the fingerprint of the recipe that was finished."""
         return self.stage(stage) / "done.json"

@@ -1,6 +1,7 @@
 """The rows of a stage, by number: mixture, then packing, then tokens. The same on every rank and after every restart."""
 
 import json
+from collections import Counter
 
 import numpy as np
 
@@ -69,6 +70,10 @@ class Batches:
     def rows(self, first: int, count: int) -> list[Row]:
         """Training rows first … first + count - 1 of the stage."""
         return [self._training[source].row(number) for source, number in self._interleaving.rows(first, count)]
+
+    def sources(self, first: int, count: int) -> dict[str, int]:
+        """How many of these rows come from each source; reads no data."""
+        return dict(Counter(source for source, _ in self._interleaving.rows(first, count)))
 
     def validation_rows(self, count: int) -> list[Row]:
         """Rows of held-out documents in the stage's proportions; a small held-out source comes again."""

@@ -76,9 +76,12 @@ class TrainOptimizer:
         return squares.sqrt().item()
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """One update at learning rate ``lr`` (Muon's; AdamW's is ``lr * adamw.lr_ratio``). Returns the unclipped norm."""
-        norm = self.grad_norm()
+    def step(self, lr: float, norm: float | None = None) -> float:
+        """One update at learning rate ``lr`` (Muon's; AdamW's is ``lr * adamw.lr_ratio``). Returns the unclipped norm.
+
+        ``norm``: what ``grad_norm()`` said of this gradient, for who asked before.
+        """
+        norm = self.grad_norm() if norm is None else norm
         if not math.isfinite(norm):  # the norm is the same on all ranks, so all stop, and nothing was changed
             raise NumericsError(
                 "gradient of this step", f"norm {norm}", "a finite number",

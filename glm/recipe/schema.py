@@ -6,7 +6,7 @@ from pydantic import Field
 
 from glm.recipe.raw import Deduplicate, RawData, RawSource, Semantic
 from glm.recipe.sections import (
-    Batch, Checkpoint, Data, Device, Engine, Evaluation, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
+    Batch, Checkpoint, Data, Device, Engine, Evaluation, Guard, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
     Reinforcement, Rollout, Router, Schedule, Section, Tokenizer,
 )
 from glm.recipe.units import PositiveCount
@@ -105,6 +105,7 @@ class TrainRecipe(ModelStageRecipe):
 
     tokens: PositiveCount
     data: Data
+    guard: Guard = Guard()
 
 
 class RLRecipe(ModelStageRecipe):

@@ -115,7 +115,12 @@ class Launcher(Section):
     ranks_per_node: Positive = 1
     threads_per_rank: Positive = 1
     timeout_seconds: Positive = 1800
-    """A rank that waits longer for another gives up, and all stop. Rank 0 prepares the data of a stage while the others wait."""
+    """A rank that waits longer for another, or in a step, gives up; all tell where they are, and stop. Rank 0 prepares the data of
+    a stage while the others wait."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in a row `glm run` starts a stage again whose ranks died or hung without having got further than before."""
+    grace_seconds: Positive = 120
+    """What ranks get to finish their step and to save when the scheduler says stop (SIGTERM, SIGUSR1); then they are killed."""
 
 
 class Device(Section):
@@ -264,6 +269,32 @@ class Data(Section):
     def _sums_to_one(self):
         if self.sources:
             check_shares(self.sources)
+        return self
+
+
+class Guard(Section):
+    """Which steps must not change the model (glm/train/guard.py). A loss or gradient norm that is not finite is refused always.
+    P reports no spikes; the thresholds are our choice, far from anything a healthy run does."""
+
+    window: Positive = 128
+    """Steps looked back on."""
+    history: Positive = 32
+    """Healthy steps there must be before one is judged by them; at most ``window``."""
+    loss_sigmas: NonNegative = 6.0
+    """A loss this many standard deviations above the window's mean is a spike if it is also ...; 0: never."""
+    loss_factor: NonNegative = 1.2
+    """... this many times the window's largest."""
+    grad_norm_factor: NonNegative = 50.0
+    """A gradient norm this many times the window's median is a spike; 0: never. Smaller ones are what clipping is for."""
+    skip_limit: Positive = 3
+    """Refused steps within the window after which the stage goes back to the checkpoint before them."""
+    rollback_limit: Annotated[int, Field(ge=0)] = 2
+    """Times a stage may go back; then it stops."""
+
+    @model_validator(mode="after")
+    def _can_be_filled(self):
+        if self.history > self.window:
+            raise ValueError(f"history (is {self.history}) at most window ({self.window})")
         return self
 
 

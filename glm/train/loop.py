@@ -16,6 +16,7 @@ from glm.train.batch import MicroBatch, micro_batches
 from glm.train.metrics import step_metrics
 from glm.train.plan import count_steps, plan_step, whole_micro_batches
 from glm.train.resume import Replay, StageCheckpoints
+from glm.train.setbacks import Setbacks
 from glm.train.step import Trainer, next_token_loss
 
 VALIDATION_ROWS = 32
@@ -31,11 +32,14 @@ def train(recipe: TrainRecipe) -> None:
     dist.barrier()
     batches = Batches(recipe, folder)
     trainer = Trainer(recipe)
+    setbacks = Setbacks(recipe, folder, runtime)
     checkpoints = StageCheckpoints(
         recipe, folder, runtime, trainer, held_out_loss=lambda rows: validate(trainer, recipe, batches, runtime, rows),
+        guard_history=lambda: setbacks.history.to_json(),
     )
     resumed = checkpoints.restore()
     progress = resumed.progress
+    setbacks.resume(progress)
     total = count_steps(recipe)
     if runtime.is_first and progress.step == 0 and (recipe.parent is None or recipe.schedule.clock == "stage"):
         print(trainer.optimizer.table, flush=True)
@@ -44,16 +48,17 @@ def train(recipe: TrainRecipe) -> None:
         folder.root, recipe.stage, total_steps=total, enabled=runtime.is_first, logging=recipe.logging,
         config=dump_recipe(recipe),
     ) as log:
-        replay = Replay(recipe, log.rewind(progress.step if progress.step else -1), resumed.exact)
+        replay = Replay(recipe, setbacks.of_this_path(log.rewind(progress.step if progress.step else -1)), resumed.exact)
         while progress.stage_tokens < recipe.tokens:
             started = time.perf_counter()
             plan = plan_step(recipe, progress)
-            rows = batches.rows(*share(progress.stage_tokens // recipe.sequence_length, plan.num_sequences, runtime))
+            rows = setbacks.rows(batches, *share(progress.stage_tokens // recipe.sequence_length, plan.num_sequences, runtime))
             outcome = trainer.step(
-                forward_passes(rows, trainer, recipe), next_token_loss, lr=plan.lr, mtp_weight=plan.mtp_weight, bias_update_rate=plan.bias_update_rate,
+                forward_passes(rows, trainer, recipe), next_token_loss, lr=plan.lr, mtp_weight=plan.mtp_weight,
+                bias_update_rate=plan.bias_update_rate, refusal=setbacks.refusal,
             )
             progress = progress.after(plan)
-            metrics = step_metrics(plan, progress, outcome, time.perf_counter() - started)
+            metrics = step_metrics(plan, progress, outcome, time.perf_counter() - started) | setbacks.after(plan, outcome, batches)
             log.line(progress.step, metrics)
             replay.compare(progress.step, metrics)
             checkpoints.after_step(progress)

@@ -41,14 +41,16 @@ class StageCheckpoints:
     """Every method is called by all ranks at the same step.
 
     ``held_out_loss``: mean loss of so many held-out rows under the weights as they are; None: nothing to prove a load with.
+    ``guard_history``: what the refusal of steps goes by (glm.train.setbacks), kept with the checkpoint.
     """
 
     def __init__(self, recipe: ModelStageRecipe, folder: RunFolder, runtime: Runtime, trainer: Trainer,
-                 held_out_loss: Callable[[int], float] | None = None):
+                 held_out_loss: Callable[[int], float] | None = None, guard_history: Callable[[], dict] = dict):
         self.recipe, self.run, self.runtime, self.trainer, self._held_out_loss = recipe, folder, runtime, trainer, held_out_loss
         self.folder = folder.checkpoints(recipe.stage)
         self._tokenizer = tokenizer_digest(folder.tokenizer)
         self._writer = CheckpointWriter(self.folder, runtime, recipe.checkpoint.keep)
+        self._guard_history = guard_history
         self._last = Progress(0, 0)
 
     def restore(self) -> Resumed:
@@ -86,6 +88,7 @@ class StageCheckpoints:
         info = store.CheckpointInfo(
             stage=recipe.stage, step=progress.step, stage_tokens=progress.stage_tokens,
             run_tokens=recipe.run_tokens_before + progress.stage_tokens, rotary_base=recipe.rotary_base, megatron=recipe.megatron,
+            guard=self._guard_history(),
         )
         about = {"recipe": dump_recipe(recipe), "tokenizer": self._tokenizer, "probe": self._probe()}
         before = self._writer.begin(

@@ -27,6 +27,10 @@ LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Te
 """(losses [B, S], batch) -> (sum of the objective over tokens, sum of the batch's loss mask, {metric: tensor [2] of sum and count})."""
 
 
+Refusal = Callable[[dict[str, float], float], str | None]
+"""(metrics, gradient norm) of a step -> why it must not change the model, or None. The same on all ranks."""
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """What one step tells. Means are over the tokens of the global batch."""
@@ -38,6 +42,8 @@ class StepOutcome:
     """Share of the routed tokens each expert of each MoE layer got (the MTP layer's last)."""
     bias_max: float
     """Largest absolute router bias."""
+    refused: str | None = None
+    """Why the step changed nothing; None for a step that was made."""
 
 
 class Trainer:
@@ -92,10 +98,22 @@ class Trainer:
 
     def step(
         self, batches: list[MicroBatch], loss: LossFunction, *, lr: float, mtp_weight: float, bias_update_rate: float,
+        refusal: Refusal | None = None,
     ) -> StepOutcome:
-        """Accumulates the gradient of ``batches`` (whole rows of this data-parallel rank) over all ranks and steps the parameters."""
+        """Accumulates the gradient of ``batches`` (whole rows of this data-parallel rank) over all ranks and steps the parameters.
+
+        A step that ``refusal`` has something against leaves parameters, optimizer and router biases bit for bit as they were.
+        """
+        biases_before = [router.expert_bias.clone() for _, router in self.routers]
         sums = self.accumulate(batches, loss, mtp_weight=mtp_weight, bias_update_rate=bias_update_rate)
-        grad_norm = self.optimizer.step(lr)
+        metrics = {name: (total / count.clamp(min=1)).item() for name, (total, count) in sums.items()}
+        grad_norm = self.optimizer.grad_norm()
+        refused = refusal(metrics, grad_norm) if refusal else None
+        if refused is None:
+            self.optimizer.step(lr, grad_norm)
+        else:
+            for (_, router), bias in zip(self.routers, biases_before):
+                router.expert_bias.copy_(bias)    # megatron moved it when the gradients were complete
         mtp = sum(chunk.take_mtp_loss() for chunk in self.chunks)
         dist.all_reduce(mtp, group=self._data_group)
         biases = [router.expert_bias.abs().max() for _, router in self.routers]
@@ -104,11 +122,12 @@ class Trainer:
             dist.all_reduce(mtp, group=parallel_state.get_pipeline_model_parallel_group())
             dist.all_reduce(bias_max, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
         return StepOutcome(
-            metrics={name: (total / count.clamp(min=1)).item() for name, (total, count) in sums.items()},
+            metrics=metrics,
             grad_norm=grad_norm,
             mtp_loss=(mtp[0] / mtp[1].clamp(min=1)).item(),
             load=(self._load / self._load.sum(-1, keepdim=True).clamp(min=1)).tolist(),
             bias_max=bias_max.item(),
+            refused=refused,
         )
 
     def accumulate(

@@ -1,0 +1,80 @@
+"""A rank of a stage to which RUN/fault.json does something: ``python -m tests.faults.rank RECIPE_JSON``.
+
+    {"poisoned": {ROW: FACTOR}}          the gradient of that row of the data is multiplied, its loss too by "nan"
+    {"kill": {"rank": 1, "step": 3}}     SIGKILL before that step; each fault of this kind happens once
+    {"stop": ...}                        SIGSTOP    {"sleep": ...}  sleeps inside the step    {"spin": ...}  never gives the GIL back
+"""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from glm import rank
+
+POISON = 7
+"""A row made of nothing but this token."""
+
+
+def install(recipe: dict) -> None:
+    from glm import platform
+
+    platform.activate("host")
+    import numpy
+    import torch
+
+    from glm.data.batches import Batches
+    from glm.train import loop
+
+    folder = Path(recipe["run_folder"])
+    faults = json.loads((folder / "fault.json").read_text())
+    poisoned = {int(row): float(factor) for row, factor in faults.get("poisoned", {}).items()}
+    clean_rows, clean_loss, clean_plan = Batches.rows, loop.next_token_loss, loop.plan_step
+
+    def rows(self, first, count):
+        served = clean_rows(self, first, count)
+        return [marked(row, number) if number in poisoned else row for number, row in enumerate(served, first)]
+
+    def marked(row, number):
+        ids = numpy.full_like(row.token_ids, POISON)
+        ids[0] = POISON + 1 + sorted(poisoned).index(number)
+        return dataclasses.replace(row, token_ids=ids)
+
+    def loss(losses, batch):
+        total, count, metrics = clean_loss(losses, batch)
+        for row in batch.token_ids:
+            if len(row) > 1 and (row[1:] == POISON).all():
+                total = total * poisoned[sorted(poisoned)[int(row[0]) - POISON - 1]]
+                if not torch.isfinite(total):
+                    metrics = {"loss": torch.stack([total.detach(), count])}
+        return total, count, metrics
+
+    def plan_step(recipe, progress):
+        for kind in ("kill", "stop", "sleep", "spin"):
+            fault, mark = faults.get(kind), folder / f"{kind}.happened"
+            if fault and progress.step + 1 == fault["step"] and os.environ.get("RANK", "0") == str(fault["rank"]) and not mark.exists():
+                mark.write_text(str(os.getpid()))
+                happen(kind)
+        return clean_plan(recipe, progress)
+
+    Batches.rows, loop.next_token_loss, loop.plan_step = rows, loss, plan_step
+
+
+def happen(kind: str) -> None:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "sleep":
+        time.sleep(600)
+    else:
+        re.match(r"(a|aa)+$", "a" * 60 + "b")    # for years, and the interpreter's lock with it
+
+
+if __name__ == "__main__":
+    install(json.loads(Path(sys.argv[1]).read_text()))
+    sys.exit(rank.run(Path(sys.argv[1])))
