@@ -9,11 +9,12 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 
 from glm.errors import NumericsError
 from glm.optim.grad_norm import squared_norm
-from glm.optim.muon import BUCKET_ELEMENTS, HeadShape, muon_flops, muon_updates
+from glm.optim.muon import BUCKET_ELEMENTS, Fused, muon_flops, muon_updates
+from glm.optim.newton_schulz import polynomials
 from glm.optim.ownership import Cost, owners
 from glm.optim.param_groups import ParamGroup, param_groups, table, whole_model_sizes
 from glm.optim.placement import Placement, placement
-from glm.recipe.sections import Model, Muon
+from glm.recipe.sections import AdamWAlone, Model, Muon
 
 
 class TrainOptimizer:
@@ -23,18 +24,18 @@ class TrainOptimizer:
     (momentum or moments, and an fp32 master copy when the parameter is not fp32), steps it, and sends it to the others.
     """
 
-    def __init__(self, named: list[tuple[str, torch.nn.Parameter]], settings: Muon, shape: Model):
+    def __init__(self, named: list[tuple[str, torch.nn.Parameter]], settings: Muon | AdamWAlone, shape: Model):
         """``named``: this rank's parameters under the names they have in the whole model. Collective over all ranks."""
         self.settings = settings
-        self.heads = HeadShape.of(shape)
-        self.groups = param_groups(named, settings.frozen)
+        self.fused = fused_of(settings, shape)
+        self.groups = param_groups(named, settings)
         self.device = named[0][1].device
-        self.table = table(self.groups, whole_model_sizes(self.groups, self.device))
+        self.table = table(self.groups, whole_model_sizes(self.groups, self.device), settings)
         """Which rule has how many parameters of the whole model, for the log."""
         stepped = with_rules(self.groups)
         self.params = [param for _, param, _ in stepped]
         self.places = {param: placement(param) for param in self.params}
-        self.owner = assign_owners(stepped, self.places, self.heads, settings.newton_schulz_steps)
+        self.owner = assign_owners(stepped, self.places, settings, self.fused)
         self.owned = [param for param in self.params if self.owner[param] == self.places[param].copies.rank()]
         self.masters = {
             param: param.detach() if param.dtype == torch.float32 else param.detach().float().clone() for param in self.owned
@@ -47,7 +48,7 @@ class TrainOptimizer:
         self.adamw_steps = 0
 
     def _build_adamw(self) -> torch.optim.AdamW | None:
-        settings = self.settings.adamw
+        settings = self.settings.adamw if isinstance(self.settings, Muon) else self.settings
         groups = [
             {
                 "params": [self.masters[param] for param in group.params if param in self.masters],
@@ -106,8 +107,8 @@ class TrainOptimizer:
             updates = muon_updates(
                 [self.names[param] for param in bucket], [param.main_grad for param in bucket],
                 [self.momenta[param] for param in bucket], [self.places[param].cut for param in bucket],
-                heads=self.heads, momentum=settings.momentum, nesterov=settings.nesterov,
-                steps=settings.newton_schulz_steps, update_rms=settings.update_rms,
+                fused=self.fused, momentum=settings.momentum, nesterov=settings.nesterov,
+                polynomials=polynomials(settings.coefficients, settings.newton_schulz_steps), update_rms=settings.update_rms,
             )
             torch._foreach_mul_(weights, 1 - lr * settings.weight_decay)
             torch._foreach_add_(weights, updates, alpha=-lr)
@@ -129,7 +130,7 @@ class TrainOptimizer:
         if not self.adamw:
             return
         for group in self.adamw.param_groups:
-            group["lr"] = lr * self.settings.adamw.lr_ratio
+            group["lr"] = lr * (self.settings.adamw.lr_ratio if isinstance(self.settings, Muon) else 1.0)
         for param, master in self.masters.items():
             if param not in self.momenta:
                 master.grad = param.main_grad
@@ -185,20 +186,26 @@ class TrainOptimizer:
                 master.copy_(param.detach())
 
 
+def fused_of(settings: Muon | AdamWAlone, shape: Model) -> Fused:
+    return Fused.of(shape, settings.split) if isinstance(settings, Muon) else Fused.of(shape)
+
+
 def with_rules(groups: list[ParamGroup]) -> list[tuple[str, torch.nn.Parameter, str]]:
     """(name, parameter, rule) of the parameters that are trained."""
     return [(name, param, group.rule) for group in groups if group.rule != "frozen" for name, param in zip(group.names, group.params)]
 
 
 def assign_owners(
-    stepped: list[tuple[str, torch.nn.Parameter, str]], places: dict[torch.nn.Parameter, Placement], heads: HeadShape, steps: int,
+    stepped: list[tuple[str, torch.nn.Parameter, str]], places: dict[torch.nn.Parameter, Placement], settings: Muon | AdamWAlone, fused: Fused,
 ) -> dict[torch.nn.Parameter, int]:
     """The owner of each parameter, as a rank of the group of its copies."""
     owner = {}
     for copies in dict.fromkeys(place.copies for place in places.values()):
         members = [item for item in stepped if places[item[1]].copies is copies]
         costs = [
-            Cost(muon_flops(name, param, places[param].cut, heads, steps) if rule == "muon" else 0, state_bytes(param, rule))
+            Cost(
+                muon_flops(name, param, places[param].cut, fused, settings.newton_schulz_steps) if rule == "muon" else 0, state_bytes(param, rule),
+            )
             for name, param, rule in members
         ]
         owner |= {param: rank for (_, param, _), rank in zip(members, owners(costs, copies.size()))}

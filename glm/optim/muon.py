@@ -1,12 +1,12 @@
-"""Muon: momentum, then orthogonalisation of each matrix as Hugging Face files know it."""
+"""Muon: momentum, then orthogonalisation of each matrix."""
 
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
 
-from glm.recipe.sections import Model
-from glm.optim.newton_schulz import Cut, newton_schulz, newton_schulz_flops, newton_schulz_shards
+from glm.recipe.sections import Model, Split
+from glm.optim.newton_schulz import Coefficients, Cut, newton_schulz, newton_schulz_flops, newton_schulz_shards
 
 
 BUCKET_ELEMENTS = 1 << 26
@@ -14,40 +14,49 @@ BUCKET_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
-class HeadShape:
-    """How a fused qkv matrix is interleaved: per group, ``queries`` rows of q, then ``head_dim`` of k and of v."""
+class Fused:
+    """How parameters that hold several matrices are stored, and which of these are orthogonalised apart.
+
+    A qkv matrix is interleaved: per group, ``queries`` rows of q, then ``head_dim`` of k and of v. Gate lies above up.
+    """
 
     queries: int
     head_dim: int
+    split: Split = Split()
 
     @classmethod
-    def of(cls, shape: Model) -> "HeadShape":
-        return cls(shape.num_attention_heads // shape.num_query_groups * shape.head_dim, shape.head_dim)
+    def of(cls, shape: Model, split: Split = Split()) -> "Fused":
+        return cls(shape.num_attention_heads // shape.num_query_groups * shape.head_dim, shape.head_dim, split)
 
 
-def split_matrices(name: str, tensor: torch.Tensor, heads: HeadShape) -> tuple[list[torch.Tensor], Callable]:
-    """The matrices inside a fused parameter, and the inverse.
+def split_matrices(name: str, tensor: torch.Tensor, cut: Cut | None, fused: Fused) -> tuple[list[torch.Tensor], Cut | None, Callable]:
+    """The matrices inside a parameter, how they are cut, and the inverse.
 
-    q, k and v are orthogonalised separately, so are gate and up, so is each expert: fused storage is a detail of this
-    code base and must not change the mathematics. Returns ([..., m, n] tensors, function from those to the original shape).
-    A tensor-parallel shard gives shards of those matrices: it holds whole query groups, or its part of gate above that of up.
+    Each expert is a matrix of its own; q, k and v, gate and up are where ``fused.split`` says so: how they are stored must not change
+    the mathematics. Returns ([..., m, n] tensors, their cut, function from those to the original shape). A tensor-parallel
+    shard gives shards of those matrices: it holds whole query groups (so that single heads are not cut), or its part of gate above
+    that of up. Fused, the whole matrix has these parts one after the other: its rows in another order, which orthogonalisation follows.
     """
-    if name.endswith("linear_qkv.weight"):
-        rows = [heads.queries, heads.head_dim, heads.head_dim]
-        grouped = tensor.unflatten(0, (-1, sum(rows)))
-        parts = [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
-        return parts, lambda done: torch.cat(
-            [part.unflatten(0, (-1, height)) for part, height in zip(done, rows)], dim=1
-        ).flatten(0, 1)
-    if name.endswith(("linear_fc1.weight", "experts.weight1")):
-        return list(tensor.chunk(2, dim=-2)), lambda done: torch.cat(done, dim=-2)
-    return [tensor], lambda done: done[0]
+    if name.endswith("linear_qkv.weight") and fused.split.qkv != "fused":
+        rows = [fused.queries, fused.head_dim, fused.head_dim]
+        parts = [part.flatten(0, 1) for part in tensor.unflatten(0, (-1, sum(rows))).split(rows, dim=1)]
+
+        def join(done: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([part.unflatten(0, (-1, height)) for part, height in zip(done, rows)], dim=1).flatten(0, 1)
+
+        if fused.split.qkv == "separate":
+            return parts, cut, join
+        heads = [part.unflatten(0, (-1, fused.head_dim)) for part in parts]
+        return heads, None, lambda done: join([part.flatten(0, 1) for part in done])
+    if name.endswith(("linear_fc1.weight", "experts.weight1")) and fused.split.gate_up == "separate":
+        return list(tensor.chunk(2, dim=-2)), cut, lambda done: torch.cat(done, dim=-2)
+    return [tensor], cut, lambda done: done[0]
 
 
 @torch.no_grad()
 def muon_updates(
     names: list[str], grads: list[torch.Tensor], momenta: list[torch.Tensor], cuts: list[Cut | None], *,
-    heads: HeadShape, momentum: float, nesterov: bool, steps: int, update_rms: float,
+    fused: Fused, momentum: float, nesterov: bool, polynomials: Coefficients, update_rms: float,
 ) -> list[torch.Tensor]:
     """The update of each parameter, to be multiplied by the learning rate and subtracted. ``momenta`` change in place.
 
@@ -60,7 +69,7 @@ def muon_updates(
     directions = torch._foreach_lerp(grads, momenta, momentum) if nesterov else momenta
     pieces, piece_cuts, joins = [], [], []
     for name, direction, cut in zip(names, directions, cuts):
-        parts, join = split_matrices(name, direction, heads)
+        parts, cut, join = split_matrices(name, direction, cut, fused)
         joins.append((len(pieces), len(parts), join))
         pieces.extend(parts)
         piece_cuts.extend([cut] * len(parts))
@@ -70,7 +79,7 @@ def muon_updates(
         batch = torch.cat([pieces[index].reshape(-1, *pieces[index].shape[-2:]) for index in indices])
         together = max(BUCKET_ELEMENTS // batch[0].numel(), cut.group.size() if cut else 1)
         for part in batch.split(together):
-            part.copy_(newton_schulz_shards(part, cut, steps) if cut else newton_schulz(part, steps))
+            part.copy_(newton_schulz_shards(part, cut, polynomials) if cut else newton_schulz(part, polynomials))
         batch.mul_(update_rms * max(whole_shape(batch, cut)) ** 0.5)
         counts = [pieces[index].shape[:-2].numel() for index in indices]
         for index, result in zip(indices, batch.split(counts)):
@@ -78,10 +87,11 @@ def muon_updates(
     return [join(done[first:first + count]) for first, count, join in joins]
 
 
-def muon_flops(name: str, shard: torch.Tensor, cut: Cut | None, heads: HeadShape, steps: int) -> int:
+def muon_flops(name: str, shard: torch.Tensor, cut: Cut | None, fused: Fused, steps: int) -> int:
     """What ``muon_updates`` spends on the whole parameter of which this rank holds ``shard``."""
-    parts, _ = split_matrices(name, torch.empty_like(shard, device="meta"), heads)
-    return sum(part.shape[:-2].numel() * newton_schulz_flops(*whole_shape(part, cut), steps) for part in parts)
+    parts, part_cut, _ = split_matrices(name, torch.empty_like(shard, device="meta"), cut, fused)
+    ranks = cut.group.size() if cut and not part_cut else 1    # matrices that are not cut: every rank of the tensor group has its own
+    return ranks * sum(part.shape[:-2].numel() * newton_schulz_flops(*whole_shape(part, part_cut), steps) for part in parts)
 
 
 def whole_shape(shard: torch.Tensor, cut: Cut | None) -> tuple[int, int]:

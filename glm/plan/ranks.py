@@ -47,17 +47,17 @@ def build_rank(recipe: ModelStageRecipe, rank: int) -> StageStates:
 
 def measure(recipe: ModelStageRecipe, chunks: list, named: list[tuple[str, torch.nn.Parameter]], pipeline_rank: int) -> StageStates:
     """What a rank holds whose model chunks are ``chunks``; on any device, with its process groups there."""
-    from glm.optim.build import BUCKET_ELEMENTS, HeadShape, assign_owners, state_bytes, with_rules
+    from glm.optim.build import BUCKET_ELEMENTS, assign_owners, fused_of, state_bytes, with_rules
     from glm.optim.param_groups import param_groups
     from glm.optim.placement import placement
 
     layout, shape = recipe.layout, recipe.model
-    stepped = with_rules(param_groups(named, recipe.optimizer.frozen))
+    stepped = with_rules(param_groups(named, recipe.optimizer))
     places = {parameter: placement(parameter) for _, parameter, _ in stepped}
-    owner = assign_owners(stepped, places, HeadShape.of(shape), recipe.optimizer.newton_schulz_steps)
+    owner = assign_owners(stepped, places, recipe.optimizer, fused_of(recipe.optimizer, shape))
     held = _optimizer_bytes(recipe, {parameter: state_bytes(parameter, rule) for _, parameter, rule in stepped}, owner)
     sizes = [parameter.numel() for _, parameter, rule in stepped if rule == "muon"]
-    bucket = max([min(BUCKET_ELEMENTS, sum(sizes)), *sizes])
+    bucket = max([min(BUCKET_ELEMENTS, sum(sizes)), *sizes])    # nothing under AdamW alone
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers()]
     return StageStates(
         pipeline_rank=pipeline_rank,

@@ -104,10 +104,11 @@ class _Composer:
         axes = merge(axes, self._axis("hardware", hardware, HARDWARE_SECTIONS))
         kind = _kind_of(axes, stage)
         own = Placed({key: child for key, child in entry.value.items() if key not in ("stage", "hardware")}, entry.origin)
-        check_keys(kind, own)
         defaults = {key: child for key, child in self.defaults.value.items() if key in field_types(kind)}
         shared = merge(axes, Placed(defaults, self.defaults.origin))
-        return merge(shared if issubclass(kind, ModelStageRecipe) else _one_rank(shared), own)
+        merged = merge(shared if issubclass(kind, ModelStageRecipe) else _one_rank(shared), own)
+        check_keys(kind, merged)    # not before: the variant of a section may be named in one file and set in another
+        return merged
 
     def _axis(self, axis: str, named: Placed, allowed: set[str]) -> Placed:
         path = self.folder / axis / f"{named.value}.yaml"
@@ -189,9 +190,9 @@ def _apply(change: Override, drafts: dict[str, Placed], kinds: dict[str, type[St
     chosen = [stage] if stage else [name for name, kind in kinds.items() if key in field_types(kind)]
     for name in chosen:
         placed = change.nested(stage)
-        check_keys(kinds[name], placed)
         everywhere = not stage and not issubclass(kinds[name], ModelStageRecipe)
         drafts[name] = merge(drafts[name], _one_rank(placed) if everywhere else placed)
+        check_keys(kinds[name], drafts[name])
 
 
 def _with_paths(draft: Placed) -> Placed:

@@ -6,8 +6,8 @@ from pydantic import Field
 
 from glm.recipe.raw import Deduplicate, RawData, RawSource, Semantic
 from glm.recipe.sections import (
-    Batch, Checkpoint, Data, Device, Engine, Evaluation, Guard, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
-    Reinforcement, Rollout, Router, Schedule, Section, Tokenizer,
+    AdamWAlone, Batch, Checkpoint, Data, Device, Engine, Evaluation, Guard, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
+    Reinforcement, Rollout, Router, Schedule, Section, Tokenizer, Validation,
 )
 from glm.recipe.units import PositiveCount
 
@@ -87,7 +87,7 @@ class ModelStageRecipe(StageRecipe):
     sequence_length: PositiveCount
     rotary_base: PositiveCount
     batch: Batch
-    optimizer: Muon = Muon()
+    optimizer: Muon | AdamWAlone = Muon()
     schedule: Schedule
     losses: Losses = Losses()
     router: Router = Router()
@@ -106,6 +106,7 @@ class TrainRecipe(ModelStageRecipe):
     tokens: PositiveCount
     data: Data
     guard: Guard = Guard()
+    validation: Validation = Validation()
 
 
 class RLRecipe(ModelStageRecipe):

@@ -177,20 +177,61 @@ class AdamW(Section):
     eps: float = 1e-8
 
 
+class Split(Section):
+    """What Muon orthogonalises apart of parameters that are stored as one. Open in P."""
+
+    qkv: Literal["separate", "per_head", "fused"] = "separate"
+    """separate: the projections of queries, of keys and of values. per_head: every head of each (GLM-5's choice). fused: all as one."""
+    gate_up: Literal["separate", "fused"] = "separate"
+    """separate: gate and up of a feed-forward, dense, shared or expert. fused: both as one, as megatron does."""
+
+
 class Muon(Section):
     """Muon on matrices, AdamW on the rest (P 2.4)."""
 
     name: Literal["muon"] = "muon"
     momentum: Fraction = 0.95
     nesterov: bool = True
+    """Open in P; torch and Moonlight: yes, megatron: no."""
     newton_schulz_steps: Positive = 5
+    coefficients: Literal["simple", "quintic", "polar_express"] = "simple"
+    """Of the Newton-Schulz polynomials (glm/optim/newton_schulz.py). Open in P; simple is Moonlight's and torch's, quintic megatron's."""
     update_rms: NonNegative = 0.2
+    split: Split = Split()
+    head: Literal["adamw", "muon"] = "adamw"
+    """Rule of the output head. P excepts "word embedding, bias, and weights for RMSNorm" from Muon and does not name the head; AdamW as
+    in Moonlight and megatron: its rows are classes, as the embedding's are, not directions of a hidden vector."""
+    router: Literal["adamw", "muon"] = "adamw"
+    """Rule of the routers' matrices, whose rows are classes too. Not named in P; megatron: muon."""
     weight_decay: NonNegative = 0.1
     clip_grad: NonNegative = 1.0
     """Largest global gradient norm; 0 does not clip. Open in P."""
     adamw: AdamW = AdamW()
     frozen: tuple[Literal["embedding", "output", "router", "mtp"], ...] = ()
     """Parameter groups that keep their value (used in RL)."""
+
+
+class AdamWAlone(Section):
+    """AdamW on everything, at the schedule's learning rate: the baseline Muon is compared with."""
+
+    name: Literal["adamw"]
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: NonNegative = 0.1
+    """Of matrices, embedding, head and routers; biases and norms have none."""
+    clip_grad: NonNegative = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    frozen: tuple[Literal["embedding", "output", "router", "mtp"], ...] = ()
+    """Parameter groups that keep their value."""
+
+
+class Validation(Section):
+    """Held-out documents, at the end of a stage and, if asked, on the way."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between two validations; 0: only at the end."""
+    rows: Positive = 32
+    """Sequences, at least; every rank takes as many whole micro-batches."""
 
 
 class Schedule(Section):

@@ -28,7 +28,7 @@ def check_keys(kind: type[BaseModel], placed: Placed, prefix: str = "") -> None:
         dotted = f"{prefix}.{key}" if prefix else key
         if key not in fields:
             raise RecipeError(child.origin, f"unknown key `{dotted}`", f"a key of {kind.__name__}", nearest(key, fields))
-        inner = _section_in(fields[key])
+        inner = _section_in(fields[key], child, dotted)
         if inner is None or not child.is_map:
             continue
         if get_origin(fields[key]) is dict:
@@ -43,11 +43,22 @@ def field_types(kind: type[BaseModel]) -> dict[str, object]:
     return {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
 
 
-def _section_in(annotation: object) -> type[BaseModel] | None:
-    """The section type in an annotation such as ``TokenRamp | int``; none for plain values and free maps."""
+def _section_in(annotation: object, placed: Placed, dotted: str) -> type[BaseModel] | None:
+    """The section type in an annotation such as ``TokenRamp | int``; none for plain values and free maps.
+
+    Of variants (``Muon | AdamWAlone``) the one that ``placed`` names, the first where it names none. Raises RecipeError for a name
+    that no variant has.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None)
+    sections = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    if len(sections) > 1 and placed.is_map and "name" in placed.value:
+        named = {get_args(section.model_fields["name"].annotation)[0]: section for section in sections}
+        name = placed.value["name"]
+        if name.value not in named:
+            raise RecipeError(name.origin, f"`{dotted}.name: {name.value}`", " or ".join(named), nearest(str(name.value), named))
+        return named[name.value]
+    return sections[0] if sections else None
 
 
 def _explain(problem: ValidationError, placed: Placed, prefix: str) -> RecipeError:

@@ -19,9 +19,6 @@ from glm.train.resume import Replay, StageCheckpoints
 from glm.train.setbacks import Setbacks
 from glm.train.step import Trainer, next_token_loss
 
-VALIDATION_ROWS = 32
-"""At least; every rank takes as many whole micro-batches."""
-
 
 def train(recipe: TrainRecipe) -> None:
     """Runs the stage from where its newest checkpoint stands to its end."""
@@ -61,9 +58,11 @@ def train(recipe: TrainRecipe) -> None:
             metrics = step_metrics(plan, progress, outcome, time.perf_counter() - started) | setbacks.after(plan, outcome, batches)
             log.line(progress.step, metrics)
             replay.compare(progress.step, metrics)
+            if recipe.validation.every_steps and progress.step % recipe.validation.every_steps == 0 and progress.step < total:
+                log.line(progress.step, {"validation/loss": validate(trainer, recipe, batches, runtime, recipe.validation.rows)})
             checkpoints.after_step(progress)
         checkpoints.close(progress)
-        log.line(progress.step, {"validation/loss": validate(trainer, recipe, batches, runtime)})
+        log.line(progress.step, {"validation/loss": validate(trainer, recipe, batches, runtime, recipe.validation.rows)})
     runtimes.stop()
 
 
@@ -74,7 +73,7 @@ def share(first: int, count: int, runtime: Runtime) -> tuple[int, int]:
     return first + runtime.dp_rank * mine, mine
 
 
-def validate(trainer: Trainer, recipe: TrainRecipe, batches: Batches, runtime: Runtime, least: int = VALIDATION_ROWS) -> float:
+def validate(trainer: Trainer, recipe: TrainRecipe, batches: Batches, runtime: Runtime, least: int) -> float:
     """Mean loss a token on ``least`` held-out rows, or as many more as whole micro-batches take."""
     unit = whole_micro_batches(recipe)
     rows = batches.validation_rows(-(-least // unit) * unit)

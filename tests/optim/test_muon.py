@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from glm.optim.grad_norm import squared_norm
-from glm.optim.muon import HeadShape, muon_updates, split_matrices
-from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz
+from glm.optim.muon import Fused, muon_updates, split_matrices
+from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz, polynomials
 
-HEADS = HeadShape(queries=16, head_dim=8)
-SETTINGS = dict(heads=HEADS, momentum=0.95, nesterov=True, steps=5, update_rms=0.2)
+FUSED = Fused(queries=16, head_dim=8)
+SIMPLE = polynomials("simple", 5)
+SETTINGS = dict(fused=FUSED, momentum=0.95, nesterov=True, polynomials=SIMPLE, update_rms=0.2)
 
 
 def reference_newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The same polynomial on the singular values, from an exact decomposition in float64."""
     u, s, vt = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
-    a, b, c = COEFFICIENTS
+    ((a, b, c),) = COEFFICIENTS["simple"]
     for _ in range(steps):
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ vt
@@ -24,13 +25,13 @@ def reference_newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tenso
 def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = reference_newton_schulz(matrix)
-    assert (newton_schulz(matrix).double() - expected).norm() < 1e-5 * expected.norm()
-    assert (newton_schulz(matrix, steps=4).double() - expected).norm() > 1e-2 * expected.norm()
+    assert (newton_schulz(matrix, SIMPLE).double() - expected).norm() < 1e-5 * expected.norm()
+    assert (newton_schulz(matrix, polynomials("simple", 4)).double() - expected).norm() > 1e-2 * expected.norm()
 
 
 def test_singular_values_end_near_one():
     matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(newton_schulz(matrix))
+    values = torch.linalg.svdvals(newton_schulz(matrix, SIMPLE))
     assert values.min() > 0.6 and values.max() < 1.25
 
 
@@ -42,7 +43,7 @@ def test_singular_values_end_near_one():
 ])
 def test_split_matrices_join_to_the_original(name, shape):
     tensor = torch.randn(shape)
-    parts, join = split_matrices(name, tensor, HEADS)
+    parts, _, join = split_matrices(name, tensor, None, FUSED)
     assert torch.equal(join(parts), tensor)
     assert sum(part.numel() for part in parts) == tensor.numel()
 

@@ -98,7 +98,7 @@ def test_four_ranks_update_like_one(four, alone, layout):
 
 def without_exchange(layout: dict, expected: dict) -> tuple[list[float], dict[str, float]]:
     """Each rank takes its shards for whole matrices."""
-    with mock.patch("glm.optim.muon.newton_schulz_shards", lambda shards, cut, steps: newton_schulz(shards, steps)):
+    with mock.patch("glm.optim.muon.newton_schulz_shards", lambda shards, cut, polynomials: newton_schulz(shards, polynomials)):
         return differences(layout, expected)
 
 

@@ -114,6 +114,24 @@ def test_later_settings_win_map_by_map_and_origins_say_who_won(folder):
     assert run.name == "run" and run.run_folder == Path.cwd() / "runs" / "run"
 
 
+def test_a_map_that_names_another_variant_replaces_the_old_one(folder):
+    run = load_run(folder(), ["optimizer.name=adamw", "learn.optimizer.betas=[0.8, 0.9]"])
+    optimizer = run.stages["learn"].optimizer
+    assert (optimizer.name, optimizer.betas, hasattr(optimizer, "momentum")) == ("adamw", (0.8, 0.9), False)
+    again = load_run(folder(run="model: m\nhardware: h\noptimizer: {name: adamw, eps: 1e-6}\nstages: {learn: {optimizer: {weight_decay: 0}}}\n"))
+    assert (again.stages["learn"].optimizer.eps, again.stages["learn"].optimizer.weight_decay) == (1e-6, 0)
+
+
+@pytest.mark.parametrize("change, found", [
+    ("optimizer.betas=[0.8, 0.9]", "unknown key `optimizer.betas`"), ("optimizer={name: adamw, momentum: 0.9}", "unknown key `optimizer.momentum`"),
+    ("optimizer.name=adam", "`optimizer.name: adam`"),
+])
+def test_a_key_of_another_variant_or_an_unknown_variant_is_named(folder, change, found):
+    with pytest.raises(RecipeError) as error:
+        load_run(folder(), [change])
+    assert error.value.found == found
+
+
 def test_counts_and_exponents_are_numbers_and_off_is_a_word(folder):
     run = load_run(folder(), ["logging.wandb=off", "learn.tokens=0.5B", "schedule.peak_lr=1e-4", "rotary_base=20_000"])
     recipe = run.stages["learn"]

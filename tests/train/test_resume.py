@@ -14,6 +14,9 @@ platform.activate("host")
 STAGE = "pretrain_general"
 SIX_STEPS = (f"{STAGE}.tokens=12288", f"{STAGE}.batch.tokens=2048", f"{STAGE}.checkpoint.every_steps=3", SMALL_TOKENIZER)
 
+VALIDATED = f"{STAGE}.validation.every_steps=2"
+"""The interrupted run validates on the way and the other does not: it must make no difference."""
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -28,7 +31,7 @@ def whole(tmp_path_factory):
 def resumed(tmp_path_factory):
     """The same run, killed once its third step is saved, and started again."""
     folder = tmp_path_factory.mktemp("resume") / "resumed"
-    process = started(folder, "tokenizer", STAGE, *SIX_STEPS)
+    process = started(folder, "tokenizer", STAGE, *SIX_STEPS, VALIDATED)
     saved = folder / "stages" / STAGE / "checkpoints" / "step_00000003"
     deadline = time.monotonic() + 120
     while not saved.exists():
@@ -41,7 +44,7 @@ def resumed(tmp_path_factory):
         time.sleep(0.1)
     assert processes_of(folder) == [], "ranks outlived the launcher"
     assert not (folder / "stages" / STAGE / "done.json").exists(), "killed too late to show anything"
-    done = glm("run", TINY, "tokenizer", STAGE, *SIX_STEPS, f"run_folder={folder}")
+    done = glm("run", TINY, "tokenizer", STAGE, *SIX_STEPS, VALIDATED, f"run_folder={folder}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continues after step" in done.stdout
     return folder
@@ -65,6 +68,11 @@ def test_every_step_has_the_same_numbers(whole, resumed, name):
 
 def test_the_weights_are_the_same_bytes(whole, resumed):
     assert weights_digest(whole, STAGE) == weights_digest(resumed, STAGE)
+
+
+def test_validation_on_the_way_is_logged_and_the_last_one_is_that_of_the_other_run(whole, resumed):
+    assert sorted(metrics(resumed, STAGE, "validation/loss")) == [2, 4, 6] and sorted(metrics(whole, STAGE, "validation/loss")) == [6]
+    assert metrics(resumed, STAGE, "validation/loss")[6] == metrics(whole, STAGE, "validation/loss")[6]
 
 
 def test_a_finished_stage_is_skipped(whole):

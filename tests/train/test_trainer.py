@@ -12,6 +12,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler  
 from glm.model.chunks import named_parameters  # noqa: E402
 from glm.optim.param_groups import param_groups  # noqa: E402  (imports below load megatron)
 from glm.recipe.schema import TrainRecipe  # noqa: E402
+from glm.recipe.sections import AdamWAlone, Muon  # noqa: E402
 from glm.rl.batching import policy_batch  # noqa: E402
 from glm.rl.loss import policy_loss  # noqa: E402
 from glm.rl.types import TrainSample  # noqa: E402
@@ -47,7 +48,7 @@ def step(one: Trainer, batches, loss=next_token_loss, **changes):
 def test_every_parameter_is_in_exactly_one_group():
     one = trainer()
     named = named_parameters(one.chunks)
-    groups = param_groups(named, frozen=("embedding", "router"))
+    groups = param_groups(named, Muon(frozen=("embedding", "router")))
     names = [name for group in groups for name in group.names]
     assert sorted(names) == sorted(name for name, _ in named)
     rules = {name: group.rule for group in groups for name in group.names}
@@ -58,6 +59,44 @@ def test_every_parameter_is_in_exactly_one_group():
     assert rules["decoder.layers.1.mlp.experts.weight1"] == "muon"
     assert rules["mtp.layers.0.eh_proj.weight"] == "muon"
     assert f"{sum(p.numel() for _, p in named):,}" in one.optimizer.table
+
+
+@pytest.mark.parametrize("settings, head, router, matrices", [
+    (Muon(), "adamw", "adamw", "muon"), (Muon(head="muon"), "muon", "adamw", "muon"), (Muon(router="muon"), "adamw", "muon", "muon"),
+    (AdamWAlone(name="adamw"), "adamw", "adamw", "adamw"),
+])
+def test_head_and_router_follow_the_rule_the_recipe_names(settings, head, router, matrices):
+    groups = param_groups(named_parameters(trainer().chunks), settings)
+    rules = {name: (group.rule, group.weight_decay) for group in groups for name in group.names}
+    assert rules["output_layer.weight"] == (head, True) and rules["decoder.layers.1.mlp.router.weight"] == (router, True)
+    assert rules["mtp.layers.0.transformer_layer.mlp.router.weight"] == (router, True)
+    assert rules["decoder.layers.1.mlp.experts.weight1"] == (matrices, True)
+    assert rules["embedding.word_embeddings.weight"] == ("adamw", True) and rules["decoder.final_layernorm.weight"] == ("adamw", False)
+
+
+def test_the_choices_the_report_leaves_open_are_printed_at_the_start():
+    table = trainer(optimizer={"head": "muon", "split": {"qkv": "per_head"}}).optimizer.table
+    assert "matrices, output head" in table and "embedding, router" in table
+    assert "5 Newton-Schulz steps (simple), momentum 0.95 (Nesterov), update RMS 0.2, qkv per_head, gate and up separate" in table
+    assert "Newton-Schulz" not in trainer(optimizer={"name": "adamw"}).optimizer.table
+
+
+def test_adamw_alone_is_torch_adamw_on_everything():
+    one = trainer(optimizer={"name": "adamw", "clip_grad": 0.0})
+    named = named_parameters(one.chunks)
+    copies = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in named}
+    theirs = torch.optim.AdamW([
+        {"params": [copy for copy in copies.values() if copy.dim() >= 2], "weight_decay": 0.1},
+        {"params": [copy for copy in copies.values() if copy.dim() < 2], "weight_decay": 0.0},
+    ], lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for seed in range(3):
+        for name, parameter in named:
+            parameter.main_grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            copies[name].grad = parameter.main_grad.clone()
+        one.optimizer.step(1e-2)
+        theirs.step()
+    for name, parameter in named:
+        torch.testing.assert_close(parameter.detach(), copies[name].detach(), rtol=1e-6, atol=1e-7)
 
 
 def test_frozen_parameters_keep_their_bytes_and_the_others_move():
