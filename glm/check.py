@@ -7,7 +7,7 @@ from rich.table import Table
 
 from glm.errors import RecipeError, UserError
 from glm.model.size import kv_bytes_per_token, parameters, training_flops_per_token
-from glm.plan.memory import StageStates, build_states, fits, room_bytes, stage_memory, suggest
+from glm.plan.memory import StageStates, build_states, fits, least_ranks, room_bytes, stage_memory, suggest
 from glm.recipe.compose import Run, load_run
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.recipe.source import shown
@@ -86,6 +86,7 @@ def _memory(recipe: ModelStageRecipe, states: list[StageStates]) -> dict:
     better = suggest(recipe, states) if fitting is False else None
     return {
         "device": recipe.device.name, "room_bytes": room_bytes(recipe), "fits": fitting, "recompute": recipe.recompute,
+        "least_ranks": least_ranks(recipe),
         "suggestion": None if better is None else {"change": better.change, "total_bytes": better.total},
         "ranks": [
             {
@@ -146,9 +147,15 @@ def print_memory(memory: dict[str, dict]) -> None:
             continue
         fullest = max(entry["ranks"], key=lambda rank: rank["total_bytes"])
         better = entry["suggestion"]
-        todo = "no neighbouring layout fits: use more ranks, or shorter sequences" if better is None else (
-            f"set {' '.join(f'{stage}.{key}={value}' for key, value in better['change'].items())} ({better['total_bytes'] / 1e9:.1f} GB)"
-        )
+        here, least = sum(rank["ranks"] for rank in entry["ranks"]), entry["least_ranks"]
+        if better is not None:
+            todo = f"set {' '.join(f'{stage}.{key}={value}' for key, value in better['change'].items())} ({better['total_bytes'] / 1e9:.1f} GB)"
+        elif entry["room_bytes"] <= 0:
+            todo = "the engines beside it leave nothing: lower engine.memory_fraction"
+        elif least is not None and least > here:
+            todo = f"with so much each, weights, gradients and optimizer state alone need {least} ranks, not {here}"
+        else:
+            todo = "no neighbouring layout fits: use more ranks, or shorter sequences"
         out.print(
             f"{stage} does not fit: {fullest['total_bytes'] / 1e9:.1f} GB on pipeline stage {fullest['pipeline_rank']}, "
             f"{entry['room_bytes'] / 1e9:.1f} GB free on {entry['device']}; {todo}", highlight=False, soft_wrap=True,

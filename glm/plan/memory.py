@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm.errors import UserError
+from glm.model.size import parameters
 from glm.plan.activations import Chunk, activations
 from glm.recipe.check import check_stage, refuse_unproved
 from glm.recipe.saved import dump_recipe
@@ -99,6 +100,16 @@ def room_bytes(recipe: ModelStageRecipe) -> int | None:
     return device.memory_bytes - device.reserved_bytes - (round(recipe.engine.memory_fraction * device.memory_bytes) if shared else 0)
 
 
+def least_ranks(recipe: ModelStageRecipe) -> int | None:
+    """Devices that hold parameters, gradients and optimizer state once, however they are divided: with fewer, nothing fits."""
+    room = room_bytes(recipe)
+    if room is None or room <= 0:
+        return None
+    trained = 4 + 4 + (4 if recipe.precision.params == "bf16" else 0)    # gradient and momentum in fp32, a master copy of what is not
+    each = (2 if recipe.precision.params == "bf16" else 4) + (0 if recipe.optimizer.frozen else trained)
+    return -(-parameters(recipe.model).total * each // room)
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """A change of a few keys with which a stage fits."""
@@ -114,6 +125,9 @@ def suggest(recipe: ModelStageRecipe, states: Sequence[StageStates]) -> Suggesti
 
     First what costs only time on the same layout, then layouts near this one, from the one that changes least.
     """
+    least = least_ranks(recipe)
+    if least is None or least > recipe.world_size:
+        return None
     local = list(_local_changes(recipe))
     runs = _allowed(recipe, to_run=True)    # what would not be run as it is need not be run when changed
     layouts = [change for change in _layout_changes(recipe) if _allowed(apply(recipe, change), to_run=runs)]

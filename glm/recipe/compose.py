@@ -1,7 +1,8 @@
 """A run file and its axis files -> one frozen, typed recipe a stage.
 
 Order, later wins: model file, stage file, hardware file (each may set only its own sections), defaults of the run file,
-the run file's entry for the stage, ``KEY=VALUE`` from the command line.
+the run file's entry for the stage, what the run file says for this hardware file (``with_hardware``), ``KEY=VALUE`` from the
+command line.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ HARDWARE_SECTIONS = {"platform", "launcher", "device", "precision", "kernels", "
 FILLED_IN = {"name", "stage", "from", "run_folder", "run_tokens_before"}
 """Keys that only the run file decides."""
 ALL_SECTIONS = set().union(*(field_types(kind) for kind in RECIPE_OF_MAIN.values()))
-RUN_KEYS = {"name", "run_folder", "model", "hardware", "stages"}
+RUN_KEYS = {"name", "run_folder", "model", "hardware", "stages", "with_hardware"}
 STAGE_SECTIONS = ALL_SECTIONS - HARDWARE_SECTIONS - FILLED_IN - {"model", "seed", "logging"}
 
 
@@ -62,12 +63,14 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
     for change in changes:
         if change.key == "stages":
             raise RecipeError(change.origin, "`stages` on the command line", "stages named as words", "glm run RUNFILE STAGE ..., or change the run file")
+        if change.key == "with_hardware":
+            raise RecipeError(change.origin, "`with_hardware` on the command line", "the keys themselves", "STAGE.SECTION.KEY=VALUE")
     run = read_yaml(path).value | {change.key: change.value for change in changes if change.key in RUN_KEYS - {"stages"}}
     defaults = _run_defaults(run, shown(path))
     name = str(run["name"].value) if "name" in run else path.stem
     run_folder = Path(str(run["run_folder"].value) if "run_folder" in run else f"runs/{name}").expanduser().absolute()
-    entries = _entries(run, shown(path))
-    composer = _Composer(path.parent, run, defaults, entries)
+    entries = _entries(run["stages"])
+    composer = _Composer(path.parent, run, defaults, _with_hardware(run, entries))
     drafts = {stage: composer.draft(stage, entry) for stage, entry in entries.items()}
     kinds = {stage: _kind_of(draft, stage) for stage, draft in drafts.items()}
     for change in changes:
@@ -93,9 +96,12 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
 class _Composer:
     """Merges the axis files of one run file; each file is read once."""
 
-    def __init__(self, folder: Path, run: dict[str, Placed], defaults: Placed, entries: dict[str, Placed]):
-        self.folder, self.run, self.defaults, self.entries = folder, run, defaults, entries
+    def __init__(self, folder: Path, run: dict[str, Placed], defaults: Placed, exceptions: dict[str, tuple[Placed, dict[str, Placed]]]):
+        """``exceptions``: hardware file -> what holds on it for all stages, and for single ones."""
+        self.folder, self.run, self.defaults, self.exceptions = folder, run, defaults, exceptions
         self._read: dict[Path, Placed] = {}
+        for name, (everywhere, _) in exceptions.items():
+            self._axis("hardware", Placed(name, everywhere.origin), HARDWARE_SECTIONS)
 
     def draft(self, stage: str, entry: Placed) -> Placed:
         stage_file = entry.value.get("stage", Placed(stage, entry.origin))
@@ -104,9 +110,13 @@ class _Composer:
         axes = merge(axes, self._axis("hardware", hardware, HARDWARE_SECTIONS))
         kind = _kind_of(axes, stage)
         own = Placed({key: child for key, child in entry.value.items() if key not in ("stage", "hardware")}, entry.origin)
-        defaults = {key: child for key, child in self.defaults.value.items() if key in field_types(kind)}
-        shared = merge(axes, Placed(defaults, self.defaults.origin))
+        shared = merge(axes, _of_kind(self.defaults, kind))
         merged = merge(shared if issubclass(kind, ModelStageRecipe) else _one_rank(shared), own)
+        if hardware.value in self.exceptions:
+            everywhere, single = self.exceptions[hardware.value]
+            everywhere = _of_kind(everywhere, kind)
+            merged = merge(merged, everywhere if issubclass(kind, ModelStageRecipe) else _one_rank(everywhere))
+            merged = merge(merged, single.get(stage, Placed({}, everywhere.origin)))
         check_keys(kind, merged)    # not before: the variant of a section may be named in one file and set in another
         return merged
 
@@ -122,6 +132,11 @@ class _Composer:
                     raise RecipeError(child.origin, f"`{key}` in a {axis} file", f"only {', '.join(sorted(allowed))}", _home(key))
             self._read[path] = placed
         return self._read[path]
+
+
+def _of_kind(placed: Placed, kind: type[StageRecipe]) -> Placed:
+    """The sections a stage of this kind has."""
+    return Placed({key: child for key, child in placed.value.items() if key in field_types(kind)}, placed.origin)
 
 
 def _home(key: str) -> str:
@@ -149,9 +164,27 @@ def _run_defaults(run: dict[str, Placed], name: str) -> Placed:
     return Placed({key: child for key, child in run.items() if key not in RUN_KEYS}, f"{name}:1")
 
 
-def _entries(run: dict[str, Placed], name: str) -> dict[str, Placed]:
+def _with_hardware(run: dict[str, Placed], entries: dict[str, Placed]) -> dict[str, tuple[Placed, dict[str, Placed]]]:
+    """What the run file says for single hardware files, each written as a run file is: sections for all stages, and ``stages``."""
+    known, exceptions = (ALL_SECTIONS - FILLED_IN - {"main", "model", "seed"}), {}
+    named = run.get("with_hardware", Placed({}, ""))
+    for name, said in named.value.items() if named.is_map else {"with_hardware": named}.items():
+        if not said.is_map:
+            raise RecipeError(said.origin, f"{name}: {said.value}", "a map", "write `with_hardware: {HARDWARE: {layout: {…}, stages: {…}}}`")
+        everywhere = {key: child for key, child in said.value.items() if key != "stages"}
+        for key, child in everywhere.items():
+            if key not in known:
+                raise RecipeError(child.origin, f"unknown key `{key}` with hardware {name}", "a section of a stage, or stages", nearest(key, known))
+        single = _entries(said.value["stages"]) if "stages" in said.value else {}
+        for stage, entry in single.items():
+            if stage not in entries:
+                raise RecipeError(entry.origin, f"stage {stage!r} with hardware {name}", "a stage of this run file", nearest(stage, entries))
+        exceptions[name] = (Placed(everywhere, said.origin), single)
+    return exceptions
+
+
+def _entries(stages: Placed) -> dict[str, Placed]:
     """The stages of the run file, each a map."""
-    stages = run["stages"]
     if not stages.is_map or not stages.value:
         raise RecipeError(stages.origin, f"stages: {stages.value}", "a map of stage names", "write `pretrain_general: {}` lines")
     for stage, entry in stages.value.items():
