@@ -14,7 +14,7 @@ from glm.model.config import transformer_config
 from glm.model.initialize import initialize
 from glm.model.shards import shard_of
 from glm.optim.build import TrainOptimizer
-from glm.recipe.sections import Layout, Model, Muon
+from glm.recipe.sections import AdamWAlone, Layout, Model, Muon
 
 SHAPE = Model(
     num_layers=4, num_dense_layers=1, hidden_size=32, dense_ffn_size=40, expert_ffn_size=24, num_attention_heads=4,
@@ -26,12 +26,12 @@ SHAPE = Model(
 class Case:
     """Model and optimizer of this rank."""
 
-    def __init__(self, layout: dict[str, int], params: str = "fp32", seed: int = 0):
+    def __init__(self, layout: dict[str, int], params: str = "fp32", seed: int = 0, settings: Muon | AdamWAlone = Muon()):
         config = transformer_config(SHAPE, params=params, layout=Layout(**layout))
         self.chunks = build_chunks(config, SHAPE, rotary_base=10_000)
         initialize(self.chunks, seed=seed, shape=SHAPE)
         self.named = named_parameters(self.chunks)
-        self.optimizer = TrainOptimizer(self.named, Muon(), SHAPE)
+        self.optimizer = TrainOptimizer(self.named, settings, SHAPE)
 
     def train(self, steps: range) -> list[float]:
         """Steps with the gradients of ``steps``, every other one small enough not to be clipped; returns the norms."""

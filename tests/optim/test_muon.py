@@ -4,91 +4,123 @@ import pytest
 import torch
 
 from glm.optim.grad_norm import squared_norm
-from glm.optim.muon import Fused, muon_updates, split_matrices
-from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz, polynomials
+from glm.optim.muon import Fused, muon_flops, muon_updates, split_matrices
+from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz, newton_schulz_flops, polynomials
+from glm.recipe.sections import Split
+from tests.optim.naive_muon import POLYNOMIALS, last_update, orthogonalised
 
 FUSED = Fused(queries=16, head_dim=8)
 SIMPLE = polynomials("simple", 5)
 SETTINGS = dict(fused=FUSED, momentum=0.95, nesterov=True, polynomials=SIMPLE, update_rms=0.2)
+PARAMETERS = {
+    "decoder.layers.0.self_attention.linear_qkv.weight": (64, 24),  # two groups of 16 + 8 + 8 rows
+    "decoder.layers.0.self_attention.linear_proj.weight": (24, 32),
+    "decoder.layers.0.mlp.linear_fc1.weight": (80, 24),
+    "decoder.layers.1.mlp.shared_experts.linear_fc2.weight": (24, 40),
+    "decoder.layers.1.mlp.experts.weight1": (4, 40, 24),
+    "decoder.layers.1.mlp.experts.weight2": (4, 24, 20),
+    "output_layer.weight": (96, 24),
+    "decoder.layers.1.mlp.router.weight": (4, 24),
+}
+SPLITS = [Split(qkv=qkv, gate_up=gate_up) for qkv in ("separate", "per_head", "fused") for gate_up in ("separate", "fused")]
 
 
-def reference_newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The same polynomial on the singular values, from an exact decomposition in float64."""
-    u, s, vt = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
-    ((a, b, c),) = COEFFICIENTS["simple"]
-    for _ in range(steps):
-        s = a * s + b * s**3 + c * s**5
-    return u @ torch.diag(s) @ vt
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def gradients_of(shape, steps: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(steps)]
+
+
+def updated(name: str, gradients: list[torch.Tensor], **changes) -> torch.Tensor:
+    """The last update, with the momentum of those before."""
+    momentum = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        (update,) = muon_updates([name], [gradient], [momentum], [None], **SETTINGS | changes)
+    return update
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32), (16, 16)])
-def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape):
+def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape, coefficients):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = reference_newton_schulz(matrix)
-    assert (newton_schulz(matrix, SIMPLE).double() - expected).norm() < 1e-5 * expected.norm()
-    assert (newton_schulz(matrix, polynomials("simple", 4)).double() - expected).norm() > 1e-2 * expected.norm()
+    expected = orthogonalised(matrix, POLYNOMIALS[coefficients])
+    assert error(newton_schulz(matrix, polynomials(coefficients, 5)), expected) < 1e-5
+    assert error(newton_schulz(matrix, polynomials(coefficients, 4)), expected) > 1e-3
 
 
-def test_singular_values_end_near_one():
-    matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(newton_schulz(matrix, SIMPLE))
-    assert values.min() > 0.6 and values.max() < 1.25
-
-
-@pytest.mark.parametrize("name, shape", [
-    ("decoder.layers.0.self_attention.linear_qkv.weight", (64, 24)),  # two groups of 16 + 8 + 8 rows
-    ("decoder.layers.0.mlp.linear_fc1.weight", (40, 24)),
-    ("decoder.layers.1.mlp.experts.weight1", (4, 40, 24)),
-    ("decoder.layers.0.self_attention.linear_proj.weight", (24, 16)),
+@pytest.mark.parametrize("coefficients, steps, lowest, highest", [
+    ("simple", 5, 0.6, 1.25), ("quintic", 5, 0.95, 1.05), ("polar_express", 5, 0.85, 1.15), ("polar_express", 8, 0.999, 1.001),
 ])
-def test_split_matrices_join_to_the_original(name, shape):
+def test_singular_values_end_near_one(coefficients, steps, lowest, highest):
+    matrix = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(newton_schulz(matrix, polynomials(coefficients, steps)))
+    assert values.min() > lowest and values.max() < highest
+
+
+def test_steps_beyond_a_set_of_coefficients_repeat_its_last():
+    assert polynomials("quintic", 7) == COEFFICIENTS["quintic"] + COEFFICIENTS["quintic"][-1:] * 2
+    assert polynomials("polar_express", 5) == COEFFICIENTS["polar_express"][:5] and len(polynomials("simple", 5)) == 5
+
+
+@pytest.mark.parametrize("name, shape", PARAMETERS.items())
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_split_matrices_join_to_the_original(name, shape, split):
     tensor = torch.randn(shape)
-    parts, _, join = split_matrices(name, tensor, None, FUSED)
-    assert torch.equal(join(parts), tensor)
+    parts, cut, join = split_matrices(name, tensor, None, Fused(16, 8, split))
+    assert cut is None and torch.equal(join(parts), tensor)
     assert sum(part.numel() for part in parts) == tensor.numel()
 
 
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_one_update_is_that_of_a_naive_float64_reference_for_every_way_to_split(split):
+    """Momentum, Nesterov, orthogonalisation and scale, on the third step so that the buffer is not a multiple of the gradient."""
+    for name, shape in PARAMETERS.items():
+        gradients = gradients_of(shape)
+        expected = last_update(name, gradients, queries=16, head_dim=8, qkv=split.qkv, gate_up=split.gate_up)
+        assert error(updated(name, gradients, fused=Fused(16, 8, split)), expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(qkv="fused"), dict(qkv="per_head"), dict(gate_up="fused"), dict(coefficients="quintic"), dict(momentum=0.9), dict(update_rms=0.201),
+], ids=str)
+def test_the_reference_tells_every_choice_from_the_others(wrong):
+    name = "decoder.layers.0.mlp.linear_fc1.weight" if "gate_up" in wrong else "decoder.layers.0.self_attention.linear_qkv.weight"
+    gradients = gradients_of(PARAMETERS[name])
+    assert error(updated(name, gradients), last_update(name, gradients, queries=16, head_dim=8)) < 1e-5
+    assert error(updated(name, gradients), last_update(name, gradients, queries=16, head_dim=8, **wrong)) > 1e-3
+
+
 def test_experts_are_orthogonalised_one_by_one():
-    gradient = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(2))
-    name = "decoder.layers.1.mlp.experts.weight1"
-    together = muon_updates([name], [gradient], [torch.zeros_like(gradient)], [None], **SETTINGS)[0]
-    for expert in range(3):
-        gate, up = gradient[expert].chunk(2)
-        expected = torch.cat([reference_newton_schulz(half) * 0.2 * 24**0.5 for half in (gate, up)])
-        # the first momentum buffer is a multiple of the gradient, and the direction does not depend on its scale
-        assert (together[expert].double() - expected).norm() < 1e-4 * expected.norm()
+    name = "decoder.layers.1.mlp.experts.weight2"
+    gradients = gradients_of(PARAMETERS[name])
+    together = updated(name, gradients)
+    for expert in range(len(together)):
+        alone = updated("decoder.layers.0.mlp.linear_fc2.weight", [gradient[expert] for gradient in gradients])
+        assert torch.equal(together[expert], alone)
+    stacked = orthogonalised(sum(gradients).flatten(0, 1), POLYNOMIALS["simple"])
+    assert error(together.flatten(0, 1), stacked) > 0.1, "one tall matrix would be another update"
 
 
-def test_updates_follow_torch_muon_within_its_bfloat16_rounding():
+@pytest.mark.parametrize("shape", [(32, 48), (96, 24), (128, 256)])
+def test_updates_follow_torch_muon_within_its_bfloat16_rounding(shape):
     generator = torch.Generator().manual_seed(3)
-    start = torch.randn(32, 48, generator=generator)
+    start = torch.randn(shape, generator=generator)
     theirs = torch.nn.Parameter(start.clone())
     optimizer = torch.optim.Muon(
         [theirs], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1, ns_steps=5, adjust_lr_fn="match_rms_adamw",
     )
     ours, momentum = start.clone(), torch.zeros_like(start)
     for _ in range(4):
-        gradient = torch.randn(32, 48, generator=generator)
+        gradient = torch.randn(shape, generator=generator)
         theirs.grad = gradient.clone()
         optimizer.step()
-        update = muon_updates(["linear_proj.weight"], [gradient], [momentum], [None], **SETTINGS)[0]
+        (update,) = muon_updates(["linear_proj.weight"], [gradient], [momentum], [None], **SETTINGS)
         ours.mul_(1 - 0.02 * 0.1).sub_(update, alpha=0.02)
-    moved = (theirs.detach() - start).norm()
-    assert (ours - theirs.detach()).norm() < 0.03 * moved
-
-
-def test_one_update_is_that_of_a_float64_reference():
-    """Momentum, Nesterov, orthogonalisation and scale, on the second step so that the buffer is not a multiple of the gradient."""
-    generator = torch.Generator().manual_seed(4)
-    gradients = [torch.randn(40, 24, generator=generator) for _ in range(2)]
-    momentum, exact = torch.zeros(40, 24), torch.zeros(40, 24, dtype=torch.float64)
-    for gradient in gradients:
-        update = muon_updates(["linear_proj.weight"], [gradient], [momentum], [None], **SETTINGS)[0]
-        exact = 0.95 * exact + 0.05 * gradient.double()
-    direction = 0.05 * gradients[1].double() + 0.95 * exact
-    expected = 0.2 * 40**0.5 * reference_newton_schulz(direction)
-    assert (update.double() - expected).norm() < 1e-5 * expected.norm()
-    assert (update.double() - 0.2 * 40**0.5 * reference_newton_schulz(exact)).norm() > 1e-2 * expected.norm()
+    assert error(ours - start, theirs.detach() - start) < 0.02
 
 
 def test_the_norm_of_a_large_gradient_is_exact():
@@ -97,14 +129,22 @@ def test_the_norm_of_a_large_gradient_is_exact():
     assert abs(squared_norm(tensors, torch.device("cpu")) / expected - 1).item() < 1e-12
 
 
-def test_the_size_of_a_bucket_changes_nothing(monkeypatch):
-    gradient = torch.randn(5, 40, 24, generator=torch.Generator().manual_seed(6))
+@pytest.mark.parametrize("shape", [(5, 40, 24), (9, 128, 96), (9, 96, 128)])
+def test_the_size_of_a_bucket_and_of_the_cache_change_nothing(monkeypatch, shape):
+    """Owners batch other matrices together in every layout."""
+    gradients = gradients_of(shape, steps=1)
     name = "decoder.layers.1.mlp.experts.weight1"
-    batches, orthogonalise = [], newton_schulz
-    monkeypatch.setattr("glm.optim.muon.newton_schulz", lambda part, steps: batches.append(len(part)) or orthogonalise(part, steps))
     updates = []
-    for elements in (1 << 26, 3 * 20 * 24, 1):
-        monkeypatch.setattr("glm.optim.muon.BUCKET_ELEMENTS", elements)
-        updates += muon_updates([name], [gradient], [torch.zeros_like(gradient)], [None], **SETTINGS)
-    assert batches == [10] + [3, 3, 3, 1] + [1] * 10
-    assert torch.equal(updates[0], updates[1]) and torch.equal(updates[0], updates[2])
+    for bucket in (1 << 26, 3 * shape[1] // 2 * shape[2], 1):
+        for cache in (1 << 26, 1 << 15, 1):
+            monkeypatch.setattr("glm.optim.muon.BUCKET_ELEMENTS", bucket)
+            monkeypatch.setattr("glm.optim.newton_schulz.CACHED_ELEMENTS", cache)
+            updates.append(updated(name, gradients))
+    assert all(torch.equal(update, updates[0]) for update in updates)
+
+
+def test_the_work_of_an_update_is_that_of_its_matrices():
+    qkv, whole = "decoder.layers.0.self_attention.linear_qkv.weight", torch.empty(64, 24)
+    assert muon_flops(qkv, whole, None, FUSED, 5) == sum(newton_schulz_flops(*shape) for shape in ((32, 24), (16, 24), (16, 24)))
+    assert muon_flops(qkv, whole, None, Fused(16, 8, Split(qkv="per_head")), 5) == 8 * newton_schulz_flops(8, 24)
+    assert muon_flops(qkv, whole, None, Fused(16, 8, Split(qkv="fused")), 5) == newton_schulz_flops(64, 24)
