@@ -1,11 +1,16 @@
 """The rows of a stage, by number: mixture, then packing, then tokens. The same on every rank and after every restart."""
 
+import hashlib
 import json
+import os
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from glm.checkpoint.run_folder import RunFolder
+from glm.checkpoint.run_folder import RunFolder, sync
+from glm.data.blocks import Blocks
 from glm.data.mixture import Interleaving
 from glm.data.packing import PackedRows, Row, TruncatedRows
 from glm.data.tokenized import TokenizedCorpus, open_corpus
@@ -17,6 +22,8 @@ __all__ = ["Batches", "Row", "manifest_path"]
 
 EPOCH_SLACK = 0.05
 """A source may be read this much more often than its limit before it is an error: rows are counted whole."""
+COUNTS_FORMAT = 1
+"""Raised when the same documents are packed or counted in another way."""
 
 
 def manifest_path(folder: RunFolder, stage: str):
@@ -32,34 +39,50 @@ class Batches:
         if not path.is_file():
             raise DataError(str(path), "no such file", "the prepared data of the stage", "run the stage from its beginning")
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        self._recipe = recipe
+        self._recipe, self._folder = recipe, folder
         self._end_of_text = manifest["end_of_text"]
-        mixture = mixture_of(recipe.data)
-        self._interleaving = Interleaving({name: source.share for name, source in mixture.sources.items()})
-        self._corpora = {name: open_corpus(folder.data, manifest["sources"][name]) for name in mixture.sources}
-        self._training = self._packers(lambda corpus: corpus.training_documents, "training")
-        self._validation = self._packers(lambda corpus: corpus.validation_documents, "validation")
-        self._check_epochs({name: source.epochs for name, source in mixture.sources.items()})
+        self._sources = mixture_of(recipe.data).sources
+        self._corpora = {name: open_corpus(folder.data, manifest["sources"][name]) for name in self._sources}
+        self._training = {name: self._packer(name, corpus, "training") for name, corpus in self._corpora.items()}
+        self._validation = {name: self._packer(name, corpus, "validation") for name, corpus in self._corpora.items()}
+        # shares are of tokens: a source whose rows are less full gives more of them
+        weights = {name: source.share / self._training[name].filled() for name, source in self._sources.items()}
+        self._interleaving = Interleaving(weights)
+        self._check_epochs()
 
-    def _packers(self, documents_of, purpose: str) -> dict[str, TruncatedRows | PackedRows]:
-        return {name: self._packer(name, corpus, documents_of(corpus), purpose) for name, corpus in self._corpora.items()}
-
-    def _packer(self, name: str, corpus: TokenizedCorpus, documents: np.ndarray, purpose: str) -> TruncatedRows | PackedRows:
-        recipe = self._recipe
+    def _packer(self, name: str, corpus: TokenizedCorpus, purpose: str) -> TruncatedRows | PackedRows:
+        recipe, held_out = self._recipe, purpose == "validation"
+        counts = self._counted(lambda: Blocks(corpus, held_out=held_out).counts, corpus, held_out)
+        blocks = Blocks(corpus, held_out=held_out, counts=counts)
         seed = (recipe.seed, recipe.stage, name, purpose)
+        length = recipe.sequence_length
         if recipe.data.packing == "truncate":
-            return TruncatedRows(corpus, documents, recipe.sequence_length, self._end_of_text, name, *seed)
-        return PackedRows(corpus, documents, recipe.sequence_length, name, recipe.main == "posttrain.sft", *seed)
+            return TruncatedRows(blocks, length, self._end_of_text, name, *seed)
+        assistant_only = recipe.main == "posttrain.sft"
+        counts = self._counted(lambda: PackedRows(blocks, length, name, assistant_only, *seed).counts, corpus, length, *seed)
+        return PackedRows(blocks, length, name, assistant_only, *seed, counts=counts)
+
+    def _counted(self, count: Callable[[], np.ndarray], corpus: TokenizedCorpus, *parts: object) -> np.ndarray:
+        """What ``count`` gives, kept in RUN/data/counts: a restart reads neither the index of a corpus nor packs it again."""
+        key = hashlib.blake2b(json.dumps([COUNTS_FORMAT, corpus.fingerprint, *parts]).encode(), digest_size=8).hexdigest()
+        path = self._folder.data / "counts" / f"{corpus.name}-{key}.npy"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with draft.open("wb") as out:
+                np.save(out, count())
+            sync(draft)
+            draft.replace(path)
+        return np.load(path)
 
     @property
     def stage_rows(self) -> int:
         """Rows the stage's tokens come to."""
         return -(-self._recipe.tokens // self._recipe.sequence_length)
 
-    def _check_epochs(self, limits: dict[str, float | None]) -> None:
+    def _check_epochs(self) -> None:
         for name, rows in self._interleaving.counts(self.stage_rows).items():
-            limit = limits[name]
-            epochs = self._training[name].epochs(rows) if limit is not None else 0.0
+            limit, epochs = self._sources[name].epochs, self._training[name].epochs(rows)
             if limit is not None and epochs > limit + EPOCH_SLACK:
                 raise DataError(
                     f"source {name} of mixture {self._recipe.data.mixture}",
@@ -79,15 +102,21 @@ class Batches:
         """Rows of held-out documents in the stage's proportions; a small held-out source comes again."""
         return [self._validation[source].row(number) for source, number in self._interleaving.rows(0, count)]
 
+    def ledger(self, stage_rows: int) -> dict[str, dict[str, float]]:
+        """What the first ``stage_rows`` rows of the stage took from each source: rows, tokens (without empty places), epochs."""
+        return {
+            name: {"rows": rows, "tokens": self._training[name].tokens(rows), "epochs": self._training[name].epochs(rows)}
+            for name, rows in self._interleaving.counts(stage_rows).items()
+        }
+
     def report(self) -> dict[str, dict[str, object]]:
         """For each source: documents, tokens, rows the stage takes, epochs they come to, and how full packed rows are."""
         lines: dict[str, dict[str, object]] = {}
         for name, rows in self._interleaving.counts(self.stage_rows).items():
-            corpus, packer = self._corpora[name], self._training[name]
-            training = corpus.training_documents
+            packer = self._training[name]
             lines[name] = {
-                "corpus": corpus.name, "documents": len(training), "tokens": int(corpus.lengths(training).sum()),
-                "validation_documents": len(corpus.validation_documents), "rows": rows, "epochs": round(packer.epochs(rows), 3),
+                "corpus": self._corpora[name].name, "documents": packer.blocks.num_documents, "tokens": packer.blocks.num_tokens,
+                "validation_documents": self._validation[name].blocks.num_documents, "rows": rows, "epochs": round(packer.epochs(rows), 3),
             }
             if isinstance(packer, PackedRows):
                 lines[name]["filled"] = round(packer.filled(), 4)

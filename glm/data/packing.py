@@ -5,22 +5,22 @@ truncate  the shuffled documents of a source, joined by <|endoftext|>, cut every
 best_fit  documents longer than a row are cut into rows; the rest is packed by best fit within a window, so that nothing
           that fits is cut; attention and loss stay inside a document.
 
-Both are pure functions of (seed parts, row number). An epoch reads every token once, in an order of its own.
+Both are pure functions of (seed parts, row number). An epoch reads every token once, in an order of its own. Any row is found
+at once, whatever comes before it: what is packed together is the same in every epoch, so all epochs have the same rows in
+another order.
 """
 
-import zlib
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from glm.data.tokenized import TokenizedCorpus
+from glm.data.blocks import Blocks, generator
 
-SHUFFLED_ROWS = 2**20
-"""Neighbouring rows of a truncated source that are shuffled among each other; a source of any size needs no more memory."""
-WINDOW_ROWS = 512
-"""Rows' worth of documents that are packed together."""
+SHUFFLED_TOKENS = 2**28
+"""Rows of this many tokens are shuffled among each other; a source of any size needs no more memory."""
+WINDOW_ROWS = 8192
+"""Rows' worth of documents that are packed together, as long as they are no more than SHUFFLED_TOKENS: less fills worse."""
 
 
 @dataclass(frozen=True)
@@ -37,148 +37,177 @@ class Row:
     source: str
 
 
-def generator(*parts: int | str) -> np.random.Generator:
-    """A generator that depends on all parts and nothing else."""
-    return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts])
-
-
-def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices into ``lengths`` (each at most ``capacity``) by row; each document goes into the fullest row it fits.
-
-    Longer than a quarter of a row: the longest first, as filling well needs. The small ones follow in the order given: sorted
-    too, they would fill rows with documents of one length, which is often of one kind.
-    """
-    large = np.flatnonzero(lengths > capacity // 4)
-    small = np.flatnonzero(lengths <= capacity // 4)
-    order = np.concatenate([large[np.argsort(-lengths[large], kind="stable")], small])
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (space left, row), sorted
-    for index in order.tolist():
-        length = int(lengths[index])
-        at = bisect_left(open_rows, (length, -1))
-        if at < len(open_rows):
-            space, row = open_rows.pop(at)
-            rows[row].append(index)
-        else:
-            space, row = capacity, len(rows)
-            rows.append([index])
-        if space > length:
-            insort(open_rows, (space - length, row))
-    return rows
-
-
-def cut_to_pieces(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, start, length) of the pieces of documents no longer than ``capacity``; shorter documents are one piece."""
-    pieces = -(-lengths // capacity)
-    document = np.repeat(np.arange(len(lengths)), pieces)
-    start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * capacity
-    return document, start, np.minimum(capacity, lengths[document] - start)
-
-
 class TruncatedRows:
     """Rows of exactly ``sequence_length`` tokens, all under the loss; the label of the last token opens the next piece."""
 
-    def __init__(self, corpus: TokenizedCorpus, documents: np.ndarray, sequence_length: int, end_of_text: int, source: str,
-                 *seed: int | str):
-        self.corpus, self.documents, self.sequence_length, self.source = corpus, documents, sequence_length, source
-        self.end_of_text = np.array([] if corpus.separated else [end_of_text], dtype=np.int64)
-        self.epoch_tokens = int(corpus.lengths(documents).sum()) + len(self.end_of_text) * len(documents)
-        self.block_rows = min(SHUFFLED_ROWS, max(1, self.epoch_tokens // sequence_length))
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: self._order(*seed, epoch))
-        self._block = lru_cache(maxsize=2)(lambda block: generator(*seed, "pieces", block).permutation(self.block_rows))
+    def __init__(self, blocks: Blocks, sequence_length: int, end_of_text: int, source: str, *seed: int | str):
+        self.blocks, self.corpus, self.sequence_length, self.source = blocks, blocks.corpus, sequence_length, source
+        self.end_of_text = end_of_text
+        self.separator = 0 if self.corpus.separated else 1
+        self.epoch_tokens = blocks.num_tokens + self.separator * blocks.num_documents
+        self.shuffled_rows = max(1, min(SHUFFLED_TOKENS, self.epoch_tokens) // sequence_length)
+        self._seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._order_blocks)
+        self._documents = lru_cache(maxsize=2 * SHUFFLED_TOKENS // max(1, self.epoch_tokens // len(blocks.nonempty)) + 4)(self._order_documents)
+        self._pieces = lru_cache(maxsize=2)(lambda part: generator(*seed, "pieces", part).permutation(self.shuffled_rows))
 
-    def _order(self, *seed: int | str) -> tuple[np.ndarray, np.ndarray]:
-        """The documents of an epoch and where each begins, with the end of the last appended."""
-        order = generator(*seed).permutation(self.documents)
-        lengths = self.corpus.lengths(order) + len(self.end_of_text)
-        return order, np.concatenate([[0], np.cumsum(lengths)])
+    def _order_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of an epoch and where each begins in its stream, with the end of the last appended."""
+        order = generator(*self._seed, epoch).permutation(self.blocks.nonempty)
+        tokens = self.blocks.counts[order] @ np.array([self.separator, 1])
+        return order, np.concatenate([[0], np.cumsum(tokens)])
+
+    def _order_documents(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """As ``_order_blocks``, of the documents of a block."""
+        order = generator(*self._seed, epoch, block).permutation(self.blocks.documents(block))
+        return order, np.concatenate([[0], np.cumsum(self.corpus.lengths(order) + self.separator)])
 
     def _read(self, position: int, count: int) -> np.ndarray:
         """Tokens of the endless stream of epochs."""
-        parts: list[np.ndarray] = []
-        while count > 0:
-            epoch, within = divmod(position, self.epoch_tokens)
-            order, starts = self._epoch(epoch)
-            at = int(np.searchsorted(starts, within, side="right")) - 1
-            shard, first, length = self.corpus.place(int(order[at]))
-            begin = first + int(within - starts[at])
-            part = shard.tokens[begin : min(begin + count, first + length)].astype(np.int64)
-            if len(part) < count:
-                part = np.concatenate([part, self.end_of_text])
-            parts.append(part)
-            position, count = position + len(part), count - len(part)
-        return np.concatenate(parts)
+        tokens = np.full(count, self.end_of_text, dtype=np.int64) if self.separator else np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            epoch, within = divmod(position + done, self.epoch_tokens)
+            blocks, block_starts = self._epoch(epoch)
+            at = int(np.searchsorted(block_starts, within, side="right")) - 1
+            documents, starts = self._documents(epoch, int(blocks[at]))
+            within -= int(block_starts[at])
+            wanted = min(count - done, int(starts[-1]) - within)
+            first = int(np.searchsorted(starts, within, side="right")) - 1
+            end = int(np.searchsorted(starts, within + wanted))
+            place = starts[first : end + 1] - within  # of each document in what is wanted of the block
+            begin = np.maximum(0, -place[:-1])
+            stop = np.minimum(place[1:] - self.separator, wanted) - place[:-1]
+            self.corpus.read(documents[first:end], begin, np.maximum(begin, stop), tokens, done + place[:-1] + begin)
+            done += wanted
+        return tokens
 
     def piece(self, number: int) -> int:
         """Which piece of the stream the row is."""
-        block, within = divmod(number, self.block_rows)
-        return block * self.block_rows + int(self._block(block)[within])
+        part, within = divmod(number, self.shuffled_rows)
+        return part * self.shuffled_rows + int(self._pieces(part)[within])
 
     def row(self, number: int) -> Row:
         length = self.sequence_length
         tokens = self._read(self.piece(number) * length, length + 1)
         return Row(tokens[:-1], tokens[1:], np.ones(length, np.float32), (length,), self.source)
 
+    def tokens(self, rows: int) -> int:
+        """Tokens in rows 0 … rows - 1."""
+        return rows * self.sequence_length
+
     def epochs(self, rows: int) -> float:
         return rows * self.sequence_length / self.epoch_tokens
 
+    def filled(self) -> float:
+        """Share of the places of a row that hold a token."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Documents packed together. The pieces of row r are those from row_starts[r] to row_starts[r + 1]."""
+
+    row_starts: np.ndarray
+    documents: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
 
 class PackedRows:
-    """Rows of at most ``sequence_length`` tokens made of whole documents."""
+    """Rows of at most ``sequence_length`` tokens made of whole documents.
 
-    def __init__(self, corpus: TokenizedCorpus, documents: np.ndarray, sequence_length: int, source: str, assistant_only: bool,
-                 *seed: int | str):
-        self.corpus, self.documents, self.sequence_length, self.source = corpus, documents, sequence_length, source
-        self.assistant_only = assistant_only and corpus.masked
-        self._starts = [0]  # first row of each epoch so far, and of the next
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: self._pack(*seed, epoch))
+    ``counts``: int64[windows, 2], rows and tokens of each; as it was before, or None to pack the whole source once.
+    """
 
-    def _pack(self, *seed: int | str) -> list[list[tuple[int, int, int]]]:
-        """An epoch's rows as (document, start, length) lists. Rows with large documents come out first, so rows are shuffled."""
-        rng = generator(*seed)
-        order = rng.permutation(self.documents)
-        document, start, length = cut_to_pieces(self.corpus.lengths(order), self.sequence_length)
-        windows = np.cumsum(length) // (WINDOW_ROWS * self.sequence_length)
-        pieces = list(zip(order[document].tolist(), start.tolist(), length.tolist()))
-        rows: list[list[tuple[int, int, int]]] = []
-        first = 0
-        for count in np.bincount(windows.astype(np.int64)).tolist():
-            packed = best_fit(length[first : first + count], self.sequence_length)
-            rows += [[pieces[first + index] for index in packed[row]] for row in rng.permutation(len(packed)).tolist()]
-            first += count
-        return rows
+    def __init__(self, blocks: Blocks, sequence_length: int, source: str, assistant_only: bool, *seed: int | str,
+                 counts: np.ndarray | None = None):
+        self.blocks, self.corpus, self.sequence_length, self.source = blocks, blocks.corpus, sequence_length, source
+        self.assistant_only = assistant_only and self.corpus.masked
+        self._seed = seed
+        window_tokens = min(SHUFFLED_TOKENS, WINDOW_ROWS * sequence_length)
+        self._blocks = generator(*seed, "windows").permutation(blocks.nonempty)
+        tokens = np.cumsum(blocks.counts[self._blocks, 1])
+        self._window_starts = np.searchsorted(tokens, np.arange(0, tokens[-1], window_tokens), side="right")
+        self._window_starts = np.append(np.unique(self._window_starts), len(self._blocks))
+        self.group = max(1, SHUFFLED_TOKENS // window_tokens)
+        """Windows whose rows are shuffled among each other."""
+        self._window = lru_cache(maxsize=2 * self.group + 2)(self._pack)
+        self._epoch = lru_cache(maxsize=2)(self._order_windows)
+        self._rows = lru_cache(maxsize=2)(self._order_rows)
+        self.counts = self._count() if counts is None else counts
+        self.epoch_rows, self.epoch_tokens = self.counts.sum(0).tolist()
 
-    def _find(self, number: int) -> tuple[int, int]:
-        """(epoch, row within it)."""
-        while self._starts[-1] <= number:
-            self._starts.append(self._starts[-1] + len(self._epoch(len(self._starts) - 1)))
-        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return epoch, number - self._starts[epoch]
+    def _count(self) -> np.ndarray:
+        windows = range(len(self._window_starts) - 1)
+        return np.array([(len(packed.row_starts) - 1, packed.lengths.sum()) for packed in map(self._window, windows)])
+
+    def _pack(self, window: int) -> Window:
+        from glm.data.best_fit import best_fit, cut_to_pieces  # compiles on first use
+
+        blocks = self._blocks[self._window_starts[window] : self._window_starts[window + 1]]
+        documents = np.concatenate([self.blocks.documents(block) for block in blocks.tolist()])
+        documents = generator(*self._seed, "window", window).permutation(documents)
+        document, start, length = cut_to_pieces(self.corpus.lengths(documents), self.sequence_length)
+        row, rows = best_fit(length, self.sequence_length)
+        order = np.argsort(row, kind="stable")
+        return Window(np.searchsorted(row[order], np.arange(rows + 1)), documents[document[order]], start[order], length[order])
+
+    def _order_windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The windows of an epoch and the first row of each, with the end of the last appended."""
+        order = generator(*self._seed, "epoch", epoch).permutation(len(self.counts))
+        return order, np.concatenate([[0], np.cumsum(self.counts[order, 0])])
+
+    def _order_rows(self, epoch: int, group: int) -> np.ndarray:
+        """The rows of a group of windows, counted from its first, in the order they come."""
+        starts = self._epoch(epoch)[1]
+        first, end = starts[group * self.group], starts[min((group + 1) * self.group, len(starts) - 1)]
+        return generator(*self._seed, "rows", epoch, group).permutation(end - first)
+
+    def _find(self, number: int) -> tuple[Window, int]:
+        """(window, row within it): rows with large documents come first in a window, so rows are shuffled."""
+        epoch, within = divmod(number, self.epoch_rows)
+        windows, starts = self._epoch(epoch)
+        group = (int(np.searchsorted(starts, within, side="right")) - 1) // self.group
+        first = int(starts[group * self.group])
+        row = first + int(self._rows(epoch, group)[within - first])
+        at = int(np.searchsorted(starts, row, side="right")) - 1
+        return self._window(int(windows[at])), row - int(starts[at])
 
     def row(self, number: int) -> Row:
-        epoch, within = self._find(number)
-        tokens, labels, masks, lengths = [], [], [], []
-        for document, start, length in self._epoch(epoch)[within]:
-            shard, first, _ = self.corpus.place(document)
-            begin = first + start
-            ids = shard.tokens[begin : begin + length].astype(np.int64)
-            mask = np.ones(length, np.float32)
-            if self.assistant_only:  # the mask says which token is learned, the loss stands at the one before it
-                mask[:-1] = shard.mask[begin + 1 : begin + length]
-            mask[-1] = 0.0
-            tokens.append(ids)
-            labels.append(np.append(ids[1:], 0))
-            masks.append(mask)
-            lengths.append(length)
-        return Row(np.concatenate(tokens), np.concatenate(labels), np.concatenate(masks), tuple(lengths), self.source)
+        window, row = self._find(number)
+        pieces = slice(*window.row_starts[row : row + 2].tolist())
+        documents, begin, lengths = window.documents[pieces], window.starts[pieces], window.lengths[pieces]
+        ends = np.cumsum(lengths)
+        tokens = np.empty(ends[-1], dtype=np.int64)
+        self.corpus.read(documents, begin, begin + lengths, tokens, ends - lengths)
+        labels = np.empty_like(tokens)
+        labels[:-1] = tokens[1:]
+        labels[ends - 1] = 0
+        mask = np.ones(len(tokens), np.float32)
+        if self.assistant_only:  # the mask says which token is learned, the loss stands at the one before it
+            learned = np.empty(len(tokens), np.float32)
+            self.corpus.read(documents, begin, begin + lengths, learned, ends - lengths, masks=True)
+            mask[:-1] = learned[1:]
+        mask[ends - 1] = 0.0
+        return Row(tokens, labels, mask, tuple(lengths.tolist()), self.source)
+
+    def tokens(self, rows: int) -> int:
+        """Tokens in rows 0 … rows - 1."""
+        epoch, within = divmod(rows, self.epoch_rows)
+        windows, starts = self._epoch(epoch)
+        group = (int(np.searchsorted(starts, within, side="right")) - 1) // self.group
+        first = group * self.group
+        whole = int(self.counts[windows[:first], 1].sum())
+        if within == starts[first]:
+            return epoch * self.epoch_tokens + whole
+        packed = [self._window(int(window)) for window in windows[first : first + self.group]]
+        of_rows = np.concatenate([np.add.reduceat(window.lengths, window.row_starts[:-1]) for window in packed])
+        return epoch * self.epoch_tokens + whole + int(of_rows[self._rows(epoch, group)[: within - int(starts[first])]].sum())
 
     def epochs(self, rows: int) -> float:
-        if rows == 0:
-            return 0.0
-        epoch, within = self._find(rows - 1)
-        return epoch + (within + 1) / len(self._epoch(epoch))
+        return rows / self.epoch_rows
 
     def filled(self) -> float:
-        """Share of the places of the first epoch's rows that hold a token."""
-        rows = self._epoch(0)
-        return int(self.corpus.lengths(self.documents).sum()) / (len(rows) * self.sequence_length)
+        """Share of the places of an epoch's rows that hold a token."""
+        return self.epoch_tokens / (self.epoch_rows * self.sequence_length)

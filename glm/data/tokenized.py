@@ -213,6 +213,8 @@ class TokenizedCorpus:
     name: str
     shards: tuple[Shard, ...]
     masked: bool
+    fingerprint: str = ""
+    """Changes with the documents."""
 
     @property
     def separated(self) -> bool:
@@ -236,36 +238,47 @@ class TokenizedCorpus:
     def num_tokens(self) -> int:
         return int(self.first_tokens[-1])
 
-    def shard_of(self, documents: np.ndarray | int) -> np.ndarray:
-        """Number of the shard each document is in."""
-        return np.searchsorted(self.first_documents, documents, side="right") - 1
+    def _locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, number within it) of each document."""
+        if len(self.shards) == 1:
+            return np.zeros(len(documents), dtype=np.int64), documents
+        shards = np.searchsorted(self.first_documents, documents, side="right") - 1
+        return shards, documents - self.first_documents[shards]
+
+    def bounds(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard, first token within it, end within it) of each document."""
+        shards, local = self._locate(documents)
+        first, end = np.empty((2, len(documents)), dtype=np.int64)
+        for number in np.unique(shards).tolist():
+            here = slice(None) if len(self.shards) == 1 else shards == number
+            offsets = self.shards[number].offsets
+            first[here], end[here] = offsets[local[here]], offsets[local[here] + 1]
+        return shards, first, end
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """Tokens of each document."""
-        lengths = np.empty(len(documents), dtype=np.int64)
-        shards = self.shard_of(documents)
-        for number in np.unique(shards).tolist():
-            here = shards == number
-            local = documents[here] - self.first_documents[number]
-            offsets = self.shards[number].offsets
-            lengths[here] = offsets[local + 1] - offsets[local]
-        return lengths
+        _, first, end = self.bounds(documents)
+        return end - first
 
     def held_out(self, documents: np.ndarray) -> np.ndarray:
         """Whether each document is for validation."""
-        shards = self.shard_of(documents)
+        shards, local = self._locate(documents)
         held_out = np.empty(len(documents), dtype=bool)
         for number in np.unique(shards).tolist():
             here = shards == number
-            held_out[here] = self.shards[number].held_out[documents[here] - self.first_documents[number]] != 0
+            held_out[here] = self.shards[number].held_out[local[here]] != 0
         return held_out
 
-    def place(self, document: int) -> tuple[Shard, int, int]:
-        """(shard, first token within it, length) of one document."""
-        number = int(self.shard_of(document))
-        shard, local = self.shards[number], document - int(self.first_documents[number])
-        first, end = shard.offsets[local : local + 2].tolist()
-        return shard, first, end - first
+    def read(self, documents: np.ndarray, begin: np.ndarray, end: np.ndarray, out: np.ndarray, places: np.ndarray, *,
+             masks: bool = False) -> None:
+        """Copies tokens begin[i] … end[i] - 1 of each document (or their masks) to out[places[i]] and on."""
+        shards, first, _ = self.bounds(documents)
+        ends = places + end - begin
+        for number, source, stop, place, until in zip(
+            shards.tolist(), (first + begin).tolist(), (first + end).tolist(), places.tolist(), ends.tolist()
+        ):
+            shard = self.shards[number]
+            out[place:until] = (shard.mask if masks else shard.tokens)[source:stop]
 
     @property
     def training_documents(self) -> np.ndarray:
@@ -304,4 +317,5 @@ def open_corpus(folder: Path, name: str) -> TokenizedCorpus:
         raise DataError(str(folder / f"{name}.json"), "no such file", "a tokenized corpus", "run the stage from its beginning")
     described = {shard: read_facts(folder, shard) for shard in facts["shards"]} if "shards" in facts else {name: facts}
     shards = tuple(_open_shard(folder, shard, description) for shard, description in described.items() if description["documents"])
-    return TokenizedCorpus(name, shards, facts["masked"])
+    fingerprint = hashlib.blake2b(json.dumps(list(described.values()), sort_keys=True).encode(), digest_size=8).hexdigest()
+    return TokenizedCorpus(name, shards, facts["masked"], fingerprint)
