@@ -88,6 +88,9 @@ class RunFolder:
         """Where a rank stood when it had waited too long."""
         return self.stage(stage) / f"hang_rank_{rank}.txt"
 
+    def data_worker_log(self, stage: str, rank: int, worker: int) -> Path:
+        return self.stage(stage) / "logs" / f"data_worker_{rank}_{worker}.log"
+
     def done(self, stage: str) -> Path:
         """Written last; holds the fingerprint of the recipe that was finished."""
         return self.stage(stage) / "done.json"

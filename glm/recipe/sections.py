@@ -305,6 +305,10 @@ class Data(Section):
     """The user's own text: a folder or file of text, jsonl or parquet. None: the running Python installation."""
     problems: PositiveCount = 20_000
     """How many procedurally generated problems to draw."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes a rank has to read the rows of the next step while the model computes; 0: the rank reads them when they are due."""
+    worker_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long a rank waits for such a process before it names it and stops."""
 
     @model_validator(mode="after")
     def _sums_to_one(self):
