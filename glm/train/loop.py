@@ -8,6 +8,7 @@ from glm import runtime as runtimes
 from glm.checkpoint.run_folder import RunFolder
 from glm.data.batches import Batches
 from glm.data.prepare import prepare
+from glm.data.read_ahead import ReadAhead
 from glm.metrics.log import MetricLog
 from glm.recipe.compose import dump_recipe
 from glm.recipe.schema import TrainRecipe
@@ -27,7 +28,7 @@ def train(recipe: TrainRecipe) -> None:
     if runtime.is_first:
         prepare(recipe, folder)
     dist.barrier()
-    batches = Batches(recipe, folder)
+    batches = ReadAhead(recipe, folder, runtime.rank, stride=runtime.dp_size)
     trainer = Trainer(recipe)
     setbacks = Setbacks(recipe, folder, runtime)
     checkpoints = StageCheckpoints(
