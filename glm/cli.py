@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--schedule", action="store_true", help="learning rate, batch and the rest over the tokens of all stages")
     show.add_argument("--at", action="append", default=[], metavar="TOKENS", help="the schedules at these run tokens (15T), once or more")
     show.add_argument("--plot", metavar="PATH", help="where the picture of --schedule goes (.svg, .png, .pdf); default RUN/schedule.svg")
+    show.add_argument("--paper", action="store_true", help="the recipe beside the report's numbers: equal, differs, open")
     show.add_argument("--json", action="store_true", help="one JSON object a line")
 
     check = verb("check", _check, "are the recipes valid, and how large is what they describe", "glm check configs/glm45/*.yaml")
@@ -132,6 +133,10 @@ def _show(options: argparse.Namespace) -> int:
         from glm.show.schedule import show_schedule
 
         return show_schedule(options.runfile, stages, changes, as_json=options.json, at=options.at, plot=options.plot)
+    if options.paper:
+        from glm.show.paper import show_paper
+
+        return show_paper(options.runfile, stages, changes, as_json=options.json)
     from glm.show.recipe import show_recipe
 
     return show_recipe(options.runfile, stages, changes, as_json=options.json)
