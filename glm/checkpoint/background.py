@@ -83,7 +83,15 @@ def _write(rank: int, buckets: list, results: _Results, *, transforms: list, par
     except (OSError, RuntimeError) as error:
         for path, *_ in buckets:  # a full disk has room for the reason again; without one the rank finds no results
             Path(path).unlink(missing_ok=True)
-        results.put(RuntimeError(f"{type(error).__name__}: {error}"))
+        results.put(RuntimeError(_reason(error)))
+
+
+def _reason(error: BaseException) -> str:
+    """In words; torch says of a write that failed only that the position is not the expected one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(cause or error).__name__}: {cause or error}"
 
 
 def _write_file(transforms: list, number: int, bucket: tuple) -> tuple[list, list[tuple[str, int, int, str]]]:

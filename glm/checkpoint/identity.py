@@ -1,6 +1,5 @@
 """Whether a checkpoint belongs to the recipe and the tokenizer that want to continue from it."""
 
-import hashlib
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -9,6 +8,7 @@ from glm.errors import CheckpointError
 from glm.platform import active
 from glm.recipe.saved import RESULT_UP_TO_ROUNDING, differing_keys
 from glm.recipe.schema import RECIPE_OF_MAIN, ModelStageRecipe
+from glm.tokenizer.load import digest_of
 
 
 def refuse_other_recipe(checkpoint: Path, manifest: dict, recipe: ModelStageRecipe) -> list[str]:
@@ -41,8 +41,7 @@ def same_arithmetic(manifest: dict, recipe: ModelStageRecipe) -> bool:
 
 def tokenizer_digest(folder: Path) -> str | None:
     """Of what decides which ids a text becomes; None where there is no tokenizer."""
-    path = folder / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return digest_of(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def refuse_other_tokenizer(checkpoint: Path, manifest: dict, digest: str | None) -> None:
@@ -50,7 +49,7 @@ def refuse_other_tokenizer(checkpoint: Path, manifest: dict, digest: str | None)
     stored = manifest.get("tokenizer")
     if stored and digest and stored != digest:
         raise CheckpointError(
-            f"{checkpoint}: tokenizer", f"{digest[:16]}… (sha256 of tokenizer.json in the run folder)", f"{stored[:16]}…, which it was trained with",
+            f"{checkpoint}: tokenizer", f"{digest} (digest of tokenizer.json in the run folder)", f"{stored}, which it was trained with",
             "put that tokenizer back, or start a run of its own: run_folder=PATH",
         )
 
