@@ -71,7 +71,8 @@ class Ours:
     def __init__(self, shape: Model, optimizer: str, length: int, balanced: bool):
         from glm.train.batch import plain_batch
         from glm.model.chunks import named_parameters
-        from glm.train.step import Trainer, next_token_loss
+        from glm.train.losses import next_token_loss
+        from glm.train.step import Trainer
 
         recipe = TrainRecipe(
             name="benchmark", stage="benchmark", main="pretrain.train", run_folder="unused", model=shape, platform="host",

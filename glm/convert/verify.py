@@ -123,7 +123,7 @@ def mtp_loss(model, token_ids_BS: Tensor) -> float:
     weight, model.mtp_weight = model.mtp_weight, 1.0
     model(**_inputs(token_ids_BS), labels=labels, loss_mask=mask)
     model.mtp_weight = weight
-    total, count = model.take_mtp_loss().tolist()
+    total, count, *_ = model.take_mtp_loss().tolist()
     return total / count
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from glm.model.attention_logits import LogitWatch
 from glm.model.documents import DocumentGroup, Documents, Segment
 
 
@@ -24,6 +25,7 @@ class SDPAttention(torch.nn.Module):
         super().__init__()
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp
+        self.watch = LogitWatch()
 
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
@@ -34,6 +36,9 @@ class SDPAttention(torch.nn.Module):
         if self.cp_group.size() > 1:
             assert packed_seq_params is not None, "under context parallelism a batch says which part of the row is here"
             key, value = _WholeRow.apply(torch.stack([key, value]), packed_seq_params.order, self.cp_group).unbind(0)
+        if self.watch.on:
+            scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+            self.watch.see(query, key, scale, packed_seq_params, self.cp_group.rank(), self.cp_group.size())
         # the rows of a sequence side by side: torch's kernel on a CPU loses half of its speed on strides of a whole batch
         query, key, value = (tensor.transpose(0, 1).contiguous().transpose(1, 2) for tensor in (query, key, value))
         if packed_seq_params is None:

@@ -56,6 +56,8 @@ class Documents(PackedSeqParams):
     """int64, the same shape: the label of the token after each one."""
     mtp_mask: torch.Tensor | None = None
     """float32, the same shape: the loss mask of the token after each one, 0 at the end of a document."""
+    spans: tuple[torch.Tensor, torch.Tensor] | None = None
+    """int64 [this rank's tokens] each: place in the whole row, and where the document begins; made when first asked for."""
 
 
 def context_places(length: int, cp_rank: int, cp_size: int) -> torch.Tensor:

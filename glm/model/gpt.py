@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from glm.model.documents import Documents, next_in_document
-from glm.model.head import token_losses
+from glm.model.head import label_is_largest, token_losses_and_hits
 from glm.model.vocabulary import TABLES, unpadded_table, without_padding
 
 
@@ -52,10 +52,11 @@ class Glm45Model(GPTModel):
         return state
 
     def take_mtp_loss(self) -> torch.Tensor:
-        """float32 [2]: sum of the unweighted MTP losses since the last call and how many tokens, of this rank."""
+        """float32 [4], since the last call, of this rank: sum of the unweighted MTP losses, how many tokens, how many of them were
+        the MTP layer's first choice, and the sum of the probabilities it gave them."""
         taken, self._mtp_loss = self._mtp_loss, []
         if not taken:
-            return torch.zeros(2, device=next(self.parameters()).device)
+            return torch.zeros(4, device=next(self.parameters()).device)
         return torch.stack(taken).sum(0)
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
@@ -83,15 +84,17 @@ class Glm45Model(GPTModel):
         if labels is None:
             logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True)
             return logits_SBV[..., :self.tokens].transpose(0, 1).contiguous()
-        return self._losses(hidden_states, self.output_layer.weight, labels, self.temperature)
+        return self._losses_and_hits(hidden_states, self.output_layer.weight, labels, self.temperature)[0]
 
-    def _losses(self, hidden_SBH, weight, labels_BS, temperature: float) -> torch.Tensor:
-        """float32 [B, S]."""
+    def _losses_and_hits(self, hidden_SBH, weight, labels_BS, temperature: float, with_hits: bool = False):
+        """float32 [B, S], and bool [B, S]: where the label is the first choice (None under tensor parallelism unless asked for)."""
         if self.config.tensor_model_parallel_size == 1:
-            return token_losses(hidden_SBH.transpose(0, 1), weight, labels_BS, temperature)
+            return token_losses_and_hits(hidden_SBH.transpose(0, 1), weight, labels_BS, temperature)
         logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight)
         logits_SBV = without_padding(logits_SBV, self.tokens)
-        return self.compute_language_model_loss(labels_BS, logits_SBV if temperature == 1.0 else logits_SBV / temperature)
+        hits_BS = label_is_largest(logits_SBV, labels_BS, self.pg_collection.tp) if with_hits else None
+        losses_BS = self.compute_language_model_loss(labels_BS, logits_SBV if temperature == 1.0 else logits_SBV / temperature)
+        return losses_BS, hits_BS
 
     def _mtp_hidden(self, hidden_SBH, documents: Documents, attention_mask, rotation, packed_seq_params) -> torch.Tensor:
         """Output of the MTP layer, [S, B, H]."""
@@ -112,8 +115,13 @@ class Glm45Model(GPTModel):
         """
         weight = self.output_layer.weight
         weight = weight.detach() if self.mtp_detached else weight
-        losses_BS = documents.mtp_mask * self._losses(mtp_hidden_SBH, weight, documents.mtp_labels, temperature=1.0)
-        self._mtp_loss.append(torch.stack([losses_BS.detach().sum(), documents.mtp_mask.sum()]))
+        mask_BS = documents.mtp_mask
+        losses_BS, hits_BS = self._losses_and_hits(mtp_hidden_SBH, weight, documents.mtp_labels, temperature=1.0, with_hits=True)
+        losses_BS = mask_BS * losses_BS
+        lost = losses_BS.detach()
+        self._mtp_loss.append(torch.stack([
+            lost.sum(), mask_BS.sum(), (mask_BS * hits_BS).sum(), (mask_BS * (-lost).exp()).sum(),
+        ]))
         return MTPLossAutoScaler.apply(hidden_SBH, self.mtp_weight * losses_BS)
 
 

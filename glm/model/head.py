@@ -4,6 +4,7 @@ Legend: N tokens, H hidden, V vocabulary.
 """
 
 import torch
+import torch.distributed as dist
 
 from glm.model.gradients import weight_gradient
 
@@ -13,10 +14,28 @@ CHUNK = 1 << 25
 
 def token_losses(hidden: torch.Tensor, weight_VH: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """float32 cross entropy of ``hidden`` [..., H] @ weight^T / temperature against ``labels`` [...]."""
-    losses = _TokenLosses.apply(
+    return token_losses_and_hits(hidden, weight_VH, labels, temperature)[0]
+
+
+def token_losses_and_hits(
+    hidden: torch.Tensor, weight_VH: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``token_losses``, and bool [...]: whether no logit is larger than the label's, which comes with the losses for nothing."""
+    losses, hits = _TokenLosses.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight_VH, labels.reshape(-1), temperature, torch.is_grad_enabled(),
     )
-    return losses.view(labels.shape)
+    return losses.view(labels.shape), hits.view(labels.shape)
+
+
+def label_is_largest(logits_SBV: torch.Tensor, labels_BS: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """bool [B, S]: whether the label's logit is the largest, of logits divided over the ranks of ``group`` along the vocabulary."""
+    own, place = logits_SBV.detach().max(dim=-1)
+    largest = own.float().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    hits = (own == largest) & (place + group.rank() * logits_SBV.shape[-1] == labels_BS.t())
+    found = hits.float()
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return found.t() > 0
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -27,6 +46,7 @@ class _TokenLosses(torch.autograd.Function):
         N, V = hidden_NH.shape[0], weight_VH.shape[0]
         slope_NV = hidden_NH.new_empty(N, V) if differentiable else None
         losses_N = hidden_NH.new_empty(N, dtype=torch.float32)
+        hits_N = hidden_NH.new_empty(N, dtype=torch.bool)
         rows = max(1, CHUNK // V)
         for first in range(0, N, rows):
             part = slice(first, first + rows)
@@ -37,6 +57,7 @@ class _TokenLosses(torch.autograd.Function):
             labels = labels_N[part].unsqueeze(1)
             logits.sub_(logits.amax(1, keepdim=True))
             chosen = logits.gather(1, labels)
+            hits_N[part] = chosen.squeeze(1) == 0    # the largest was subtracted
             total = logits.exp_().sum(1, keepdim=True)
             losses_N[part] = (total.log() - chosen).squeeze(1)
             if differentiable:
@@ -47,10 +68,11 @@ class _TokenLosses(torch.autograd.Function):
         if differentiable:
             ctx.save_for_backward(hidden_NH, slope_NV, weight_VH)
             ctx.temperature = temperature
-        return losses_N
+        ctx.mark_non_differentiable(hits_N)
+        return losses_N, hits_N
 
     @staticmethod
-    def backward(ctx, grad_N):
+    def backward(ctx, grad_N, _):
         hidden_NH, slope_NV, weight_VH = ctx.saved_tensors
         scale = (grad_N / ctx.temperature).unsqueeze(1)    # stays fp32: rounded to bf16, one over the tokens would be off alike for all
         grad_hidden = (slope_NV @ weight_VH).mul_(scale) if ctx.needs_input_grad[0] else None

@@ -110,12 +110,13 @@ def parameters(model: Model) -> Parameters:
     )
 
 
-def training_flops_per_token(model: Model, sequence_length: int) -> int:
+def training_flops_per_token(model: Model, sequence_length: float) -> float:
     """Floating-point operations of forward and backward, a multiply-add being two.
 
     6 for every active parameter a token is multiplied with (the head once more for the MTP layer, the embedding not: it is
     a look-up), and for attention scores and their sum over values 4 x head_dim x heads x (sequence_length / 2, as a
-    position sees on average half of them), three times over for the backward pass.
+    position sees on average half of them), three times over for the backward pass. Of packed documents a token sees fewer: what
+    counts is then twice the number of tokens that one of them attends to on average.
     """
     counted = parameters(model)
     heads = counted.head * (1 + model.num_mtp_layers)

@@ -9,6 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from glm.errors import PlatformError
+from glm.model.attention_logits import LogitWatch
 from glm.model.documents import Documents
 from glm.model.experts import StackedExperts
 from glm.model.gated import SwiGLU
@@ -56,12 +57,18 @@ class DocumentAttention(torch.nn.Module):
     def __init__(self, config, **arguments):
         super().__init__()
         self.inner = _attention(config, **arguments)
+        self.scale = arguments.get("softmax_scale")
+        groups = arguments.get("pg_collection")
+        self.watch = None if groups and groups.cp.size() > 1 else LogitWatch()    # there a rank has only its part of the keys
 
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
         packed_seq_params: Documents | None = None,
     ) -> torch.Tensor:
         """Returns [S, B, N*D]."""
+        if self.watch and self.watch.on:
+            scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+            self.watch.see(query, key, scale, packed_seq_params, 0, 1)
         options = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias}
         if packed_seq_params is None or not packed_seq_params.packed:
             return self.inner(query, key, value, attention_mask, **options)

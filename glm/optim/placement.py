@@ -17,6 +17,8 @@ class Placement:
     """Ranks with the same values; optimizer state is divided over them."""
     cut: Cut | None
     """How a tensor-parallel shard lies in the whole; None when this rank holds whole matrices."""
+    distinct: bool
+    """Whether no other tensor-parallel rank, and no stage before, has these values too."""
     counted: bool
     """Whether this rank's values count in a sum over the whole model, in which every number counts once."""
     first: bool
@@ -37,11 +39,13 @@ def placement(parameter: torch.nn.Parameter) -> Placement:
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensor = parallel_state.get_tensor_model_parallel_group()
     is_cut = tensor.size() > 1 and getattr(parameter, "tensor_model_parallel", False)
-    counted = copies.rank() == 0 and not getattr(parameter, "shared_embedding", False) and (is_cut or tensor.rank() == 0)
+    distinct = not getattr(parameter, "shared_embedding", False) and (is_cut or tensor.rank() == 0)
+    counted = copies.rank() == 0 and distinct
     first_experts = not expert or parallel_state.get_expert_model_parallel_rank() == 0
     return Placement(
         copies=copies,
         cut=Cut(tensor, parameter.partition_dim - parameter.dim()) if is_cut else None,
+        distinct=distinct,
         counted=counted,
         first=counted and tensor.rank() == 0 and first_experts,
     )

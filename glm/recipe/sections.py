@@ -131,6 +131,8 @@ class Device(Section):
     """Memory of one device; none: not checked."""
     reserved_bytes: Annotated[Count, Field(ge=0)] = 0
     """Part of it that no tensor gets: driver context, communication buffers, fragmentation. A choice, not a computed number."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Dense matrix products in the type of the parameters, 1e12 a second, by the data sheet; none: no MFU is logged."""
 
 
 class Precision(Section):
@@ -358,6 +360,14 @@ class Logging(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "glm45"
     every_steps: Positive = 1
+    detail_every_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps between those that also measure gradient and update of every part, attention logits and every expert's load; 0: none."""
+    dead_after_steps: Positive = 10
+    """An expert is dead that got no token in so many steps."""
+
+    def is_detailed(self, step: int) -> bool:
+        """Whether the step with this number, from 1, measures everything; the first one does."""
+        return bool(self.detail_every_steps) and (step == 1 or step % self.detail_every_steps == 0)
 
 
 class Tokenizer(Section):

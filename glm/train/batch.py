@@ -24,11 +24,12 @@ class MicroBatch:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def plain_batch(token_ids, labels, loss_mask, device: torch.device) -> MicroBatch:
+def plain_batch(token_ids, labels, loss_mask, device: torch.device, extra: dict[str, list] | None = None) -> MicroBatch:
     """Lists of equally long 1-D tensors -> [B, S]; attention is causal over the whole row."""
     ids = torch.stack(token_ids)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return _whole(ids, torch.stack(labels), torch.stack(loss_mask), positions, [ids.shape[1]], {}, "plain", device)
+    extra = {name: torch.stack(rows) for name, rows in (extra or {}).items()}
+    return _whole(ids, torch.stack(labels), torch.stack(loss_mask), positions, [ids.shape[1]], extra, "plain", device)
 
 
 def packed_batch(
@@ -50,18 +51,25 @@ def packed_batch(
     return _whole(joined(token_ids), joined(labels), joined(loss_mask), positions, lengths, extra, "packed", device)
 
 
-def micro_batches(rows, micro_batch_size: int, packed: bool, device: torch.device, *, multiple_of: int = 1) -> list[MicroBatch]:
-    """Cuts this rank's rows of a step into forward passes of ``micro_batch_size`` rows, packs padded to ``multiple_of``."""
+def micro_batches(
+    rows, micro_batch_size: int, packed: bool, device: torch.device, *, multiple_of: int = 1, sources: list[str] | None = None,
+) -> list[MicroBatch]:
+    """Cuts this rank's rows of a step into forward passes of ``micro_batch_size`` rows, packs padded to ``multiple_of``.
+
+    With ``sources``, ``extra["source"]`` says which of them each token comes from.
+    """
     batches = []
     for first in range(0, len(rows), micro_batch_size):
         some = rows[first:first + micro_batch_size]
         tensors = [
             [torch.as_tensor(getattr(row, name)) for row in some] for name in ("token_ids", "labels", "loss_mask")
         ]
+        extra = {"source": [torch.full((len(row.token_ids),), sources.index(row.source)) for row in some]} if sources else None
         if packed:
-            batches.append(packed_batch(*tensors, [n for row in some for n in row.document_lengths], device, multiple_of=multiple_of))
+            lengths = [n for row in some for n in row.document_lengths]
+            batches.append(packed_batch(*tensors, lengths, device, extra, multiple_of=multiple_of))
         else:
-            batches.append(plain_batch(*tensors, device))
+            batches.append(plain_batch(*tensors, device, extra))
     return batches
 
 

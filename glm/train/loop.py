@@ -11,14 +11,16 @@ from glm.data.prepare import prepare
 from glm.data.read_ahead import ReadAhead
 from glm.metrics.log import MetricLog
 from glm.recipe.compose import dump_recipe
+from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
 from glm.runtime import Runtime
 from glm.train.batch import MicroBatch, micro_batches
-from glm.train.metrics import step_metrics
+from glm.train.losses import LossByPart
+from glm.train.metrics import StepMetrics, validation_metrics
 from glm.train.plan import count_steps, plan_step, whole_micro_batches
 from glm.train.resume import Replay, StageCheckpoints
 from glm.train.setbacks import Setbacks
-from glm.train.step import Trainer, next_token_loss
+from glm.train.step import Trainer
 
 
 def train(recipe: TrainRecipe) -> None:
@@ -32,7 +34,7 @@ def train(recipe: TrainRecipe) -> None:
     trainer = Trainer(recipe)
     setbacks = Setbacks(recipe, folder, runtime)
     checkpoints = StageCheckpoints(
-        recipe, folder, runtime, trainer, held_out_loss=lambda rows: validate(trainer, recipe, batches, runtime, rows),
+        recipe, folder, runtime, trainer, held_out_loss=lambda rows: validate(trainer, recipe, batches, runtime, rows)["loss"],
         guard_history=lambda: setbacks.history.to_json(),
     )
     resumed = checkpoints.restore()
@@ -47,23 +49,30 @@ def train(recipe: TrainRecipe) -> None:
         config=dump_recipe(recipe),
     ) as log:
         replay = Replay(recipe, setbacks.of_this_path(log.rewind(progress.step if progress.step else -1)), resumed.exact)
+        loss, step_metrics, phases = loss_of(recipe), StepMetrics(recipe), trainer.phases
         while progress.stage_tokens < recipe.tokens:
             started = time.perf_counter()
             plan = plan_step(recipe, progress)
-            rows = setbacks.rows(batches, *share(progress.stage_tokens // recipe.sequence_length, plan.num_sequences, runtime))
-            outcome = trainer.step(
-                forward_passes(rows, trainer, recipe), next_token_loss, lr=plan.lr, mtp_weight=plan.mtp_weight,
-                bias_update_rate=plan.bias_update_rate, refusal=setbacks.refusal,
-            )
+            with phases("data"):
+                rows = setbacks.rows(batches, *share(progress.stage_tokens // recipe.sequence_length, plan.num_sequences, runtime))
+                passes = forward_passes(rows, trainer, recipe)
             progress = progress.after(plan)
-            metrics = step_metrics(plan, progress, outcome, time.perf_counter() - started) | setbacks.after(plan, outcome, batches)
-            log.line(progress.step, metrics)
+            outcome = trainer.step(
+                passes, loss, lr=plan.lr, mtp_weight=plan.mtp_weight, bias_update_rate=plan.bias_update_rate,
+                refusal=setbacks.refusal, detailed=recipe.logging.is_detailed(progress.step),
+            )
+            seconds = time.perf_counter() - started
+            with phases("logging"):
+                metrics = step_metrics(plan, progress, outcome, seconds, phases.take()) | setbacks.after(plan, outcome, batches)
+                log.line(progress.step, metrics)
             replay.compare(progress.step, metrics)
             if recipe.validation.every_steps and progress.step % recipe.validation.every_steps == 0 and progress.step < total:
-                log.line(progress.step, {"validation/loss": validate(trainer, recipe, batches, runtime, recipe.validation.rows)})
-            checkpoints.after_step(progress)
+                with phases("validation"):
+                    log.line(progress.step, validation_metrics(validate(trainer, recipe, batches, runtime, recipe.validation.rows)))
+            with phases("checkpoint"):
+                checkpoints.after_step(progress)
         checkpoints.close(progress)
-        log.line(progress.step, {"validation/loss": validate(trainer, recipe, batches, runtime, recipe.validation.rows)})
+        log.line(progress.step, validation_metrics(validate(trainer, recipe, batches, runtime, recipe.validation.rows)))
     runtimes.stop()
 
 
@@ -74,14 +83,25 @@ def share(first: int, count: int, runtime: Runtime) -> tuple[int, int]:
     return first + runtime.dp_rank * mine, mine
 
 
-def validate(trainer: Trainer, recipe: TrainRecipe, batches: Batches, runtime: Runtime, least: int) -> float:
-    """Mean loss a token on ``least`` held-out rows, or as many more as whole micro-batches take."""
+def loss_of(recipe: TrainRecipe) -> LossByPart:
+    return LossByPart(sources_of(recipe), recipe.sequence_length)
+
+
+def sources_of(recipe: TrainRecipe) -> list[str]:
+    """Sources of the mixture, in one order."""
+    return sorted(mixture_of(recipe.data).sources)
+
+
+def validate(trainer: Trainer, recipe: TrainRecipe, batches: Batches, runtime: Runtime, least: int) -> dict[str, float]:
+    """Mean loss a token on ``least`` held-out rows, or as many more as whole micro-batches take; also of sources and positions."""
     unit = whole_micro_batches(recipe)
     rows = batches.validation_rows(-(-least // unit) * unit)
     mine = rows[runtime.dp_rank::runtime.dp_size]
-    return trainer.evaluate(forward_passes(mine, trainer, recipe), next_token_loss)["loss"]
+    return trainer.evaluate(forward_passes(mine, trainer, recipe), loss_of(recipe))
 
 
 def forward_passes(rows, trainer: Trainer, recipe: TrainRecipe) -> list[MicroBatch]:
     packed = recipe.data.packing == "best_fit"
-    return micro_batches(rows, recipe.batch.micro_batch_size, packed, trainer.device, multiple_of=trainer.row_multiple)
+    return micro_batches(
+        rows, recipe.batch.micro_batch_size, packed, trainer.device, multiple_of=trainer.row_multiple, sources=sources_of(recipe),
+    )

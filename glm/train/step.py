@@ -10,8 +10,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from glm.model import gradients
 from glm.errors import DataError
+from glm.metrics.phases import Phases
+from glm.model import gradients
 from glm.model.build import build_chunks
 from glm.model.chunks import named_modules, named_parameters
 from glm.model.config import stage_config
@@ -22,6 +23,7 @@ from glm.optim.param_groups import is_frozen
 from glm.platform import active
 from glm.recipe.schema import ModelStageRecipe
 from glm.train.batch import MicroBatch, context_part
+from glm.train.observe import Observation, Observer
 
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 """(losses [B, S], batch) -> (sum of the objective over tokens, sum of the batch's loss mask, {metric: tensor [2] of sum and count})."""
@@ -36,14 +38,31 @@ class StepOutcome:
     """What one step tells. Means are over the tokens of the global batch."""
 
     metrics: dict[str, float]
+    """Means of the loss function's metrics; 0 for one that no token counted in."""
     grad_norm: float
-    mtp_loss: float
-    load: list[list[float]]
-    """Share of the routed tokens each expert of each MoE layer got (the MTP layer's last)."""
-    bias_max: float
-    """Largest absolute router bias."""
+    observed: Observation
+    tokens: int
+    """Of the global batch, masked and padding ones included."""
+    attended: float
+    """How many tokens one of them attends to, itself included, on average."""
+    sums: dict[str, tuple[float, float]]
+    """What ``metrics`` are the means of: (sum, count) over the global batch."""
     refused: str | None = None
     """Why the step changed nothing; None for a step that was made."""
+
+    @property
+    def mtp_loss(self) -> float:
+        return self.observed.mtp_loss
+
+    @property
+    def load(self) -> list[list[float]]:
+        """Share of the routed tokens each expert of each MoE layer got (the MTP layer's last)."""
+        return self.observed.load
+
+    @property
+    def bias_max(self) -> float:
+        """Largest absolute router bias."""
+        return max((abs(bias) for bias in (*self.observed.bias_low, *self.observed.bias_high)), default=0.0)
 
 
 class Trainer:
@@ -72,7 +91,8 @@ class Trainer:
             (self.config.no_sync_func,) = self.config.no_sync_func
         self.config.grad_scale_func = self._per_token
         self._forward_backward = get_forward_backward_func()
-        self._load = torch.zeros(0)
+        self.observer = Observer(self.chunks, self.optimizer, recipe.model, self.device)
+        self.phases = Phases()
 
     def _data_parallel(self, chunk: torch.nn.Module) -> DistributedDataParallel:
         settings = DistributedDataParallelConfig(
@@ -98,36 +118,34 @@ class Trainer:
 
     def step(
         self, batches: list[MicroBatch], loss: LossFunction, *, lr: float, mtp_weight: float, bias_update_rate: float,
-        refusal: Refusal | None = None,
+        refusal: Refusal | None = None, detailed: bool = False,
     ) -> StepOutcome:
         """Accumulates the gradient of ``batches`` (whole rows of this data-parallel rank) over all ranks and steps the parameters.
 
         A step that ``refusal`` has something against leaves parameters, optimizer and router biases bit for bit as they were.
+        ``detailed``: also measures what costs something (glm.train.observe.Detail).
         """
         biases_before = [router.expert_bias.clone() for _, router in self.routers]
-        sums = self.accumulate(batches, loss, mtp_weight=mtp_weight, bias_update_rate=bias_update_rate)
-        metrics = {name: (total / count.clamp(min=1)).item() for name, (total, count) in sums.items()}
-        grad_norm = self.optimizer.grad_norm()
-        refused = refusal(metrics, grad_norm) if refusal else None
-        if refused is None:
-            self.optimizer.step(lr, grad_norm)
-        else:
-            for (_, router), bias in zip(self.routers, biases_before):
-                router.expert_bias.copy_(bias)    # megatron moved it when the gradients were complete
-        mtp = sum(chunk.take_mtp_loss() for chunk in self.chunks)
-        dist.all_reduce(mtp, group=self._data_group)
-        biases = [router.expert_bias.abs().max() for _, router in self.routers]
-        bias_max = torch.stack(biases).max() if biases else torch.zeros((), device=self.device)
-        if self.recipe.layout.pp > 1:  # the MTP layer is on the last stage
-            dist.all_reduce(mtp, group=parallel_state.get_pipeline_model_parallel_group())
-            dist.all_reduce(bias_max, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
+        self.observer.begin(detailed=detailed)
+        with self.phases("forward_backward"):
+            sums = self.accumulate(batches, loss, mtp_weight=mtp_weight, bias_update_rate=bias_update_rate)
+            told = _told(sums | {"batch": self._counts[1:]})    # waits for the device
+        tokens, positions = told.pop("batch")
+        metrics = {name: total / max(count, 1) for name, (total, count) in told.items()}
+        with self.phases("optimizer"):
+            grad_norm = self.optimizer.grad_norm()
+            refused = refusal(metrics, grad_norm) if refusal else None
+            self.observer.before_update()
+            if refused is None:
+                self.optimizer.step(lr, grad_norm)
+            else:
+                for (_, router), bias in zip(self.routers, biases_before):
+                    router.expert_bias.copy_(bias)    # megatron moved it when the gradients were complete
+            self.observer.after_update(lr)
+            observed = self.observer.collect()
         return StepOutcome(
-            metrics=metrics,
-            grad_norm=grad_norm,
-            mtp_loss=(mtp[0] / mtp[1].clamp(min=1)).item(),
-            load=(self._load / self._load.sum(-1, keepdim=True).clamp(min=1)).tolist(),
-            bias_max=bias_max.item(),
-            refused=refused,
+            metrics=metrics, grad_norm=grad_norm, observed=observed, tokens=int(tokens), attended=positions / max(tokens, 1) + 1,
+            sums=told, refused=refused,
         )
 
     def accumulate(
@@ -146,7 +164,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch], loss: LossFunction) -> dict[str, float]:
-        """Means of the loss's metrics, without a gradient and without the MTP layer."""
+        """Means of the loss's metrics that any token counts in, without a gradient and without the MTP layer."""
         weights = [chunk.mtp_weight for chunk in self.chunks]
         for chunk in self.chunks:
             chunk.eval()
@@ -154,7 +172,7 @@ class Trainer:
         sums = self._run(batches, loss, forward_only=True)
         for chunk, weight in zip(self.chunks, weights):
             chunk.mtp_weight = weight
-        return {name: (total / count.clamp(min=1)).item() for name, (total, count) in sums.items()}
+        return {name: total / count for name, (total, count) in _told(sums).items() if count}
 
     @property
     def _data_group(self):
@@ -168,8 +186,10 @@ class Trainer:
         counts = torch.stack([
             torch.stack([part.loss_mask.sum() for part in parts]).double().sum(),
             torch.tensor(sum(part.loss_mask.numel() for part in parts), dtype=torch.float64, device=self.device),
+            torch.stack([part.position_ids.sum() for part in parts]).double().sum(),
         ])
         dist.all_reduce(counts, group=self._data_group)
+        self._counts = counts
         self._tokens = counts[0].clamp(min=1).float()
         for _, router in self.routers:
             router.trained_share = (counts[0] / counts[1]).float()
@@ -221,21 +241,13 @@ class Trainer:
 
     def _finalize(self, model, num_tokens=None, **kwargs) -> None:
         """Notes the expert load before megatron moves the bias and clears the counts."""
-        shape = self.recipe.model
-        dense = shape.num_dense_layers
-        self._load = torch.zeros(shape.num_layers - dense + shape.num_mtp_layers, shape.num_experts, device=self.device)
-        for name, router in self.routers:
-            row = -1 if name.startswith("mtp.") else int(name.split(".")[2]) - dense
-            self._load[row] = router.local_tokens_per_expert
-        dist.all_reduce(self._load, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-        if self.recipe.layout.pp > 1:
-            dist.all_reduce(self._load, group=parallel_state.get_pipeline_model_parallel_group())
+        self.observer.note_load()
         for parallel in self.parallel:
             gradients.finish(parallel)
         finalize_model_grads(model, None, **kwargs)
 
 
-def next_token_loss(losses: torch.Tensor, batch: MicroBatch):
-    """Cross entropy summed over the tokens the mask keeps."""
-    total, count = (losses.float() * batch.loss_mask).sum(), batch.loss_mask.sum()
-    return total, count.int(), {"loss": torch.stack([total.detach(), count])}
+def _told(sums: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Tensors [2] as numbers, in one transfer."""
+    pairs = torch.stack([pair.to(next(iter(sums.values())).device) for pair in sums.values()]).tolist()
+    return {name: (total, count) for name, (total, count) in zip(sums, pairs)}

@@ -10,7 +10,8 @@ from glm.model.chunks import named_parameters
 from glm.recipe.schema import TrainRecipe
 from glm.train.batch import MicroBatch, packed_batch, plain_batch
 from glm.train.loop import share
-from glm.train.step import Trainer, next_token_loss
+from glm.train.losses import next_token_loss
+from glm.train.step import Trainer
 from glm.weights.gather import hf_tensors
 from tests.layout.cases import DOCUMENTS, LENGTH, ROWS, SEED, STEPS, Case
 from tests.model_fixture import tiny_shape
@@ -70,11 +71,12 @@ def batches(case: Case, runtime: runtimes.Runtime, step: int) -> list[MicroBatch
     for at in range(first, first + count, case.micro_batch):
         rows = slice(at, at + case.micro_batch)
         tensors = [list(ids[rows, :-1]), list(ids[rows, 1:]), list(masks[rows])]
+        extra = {"source": [torch.full((LENGTH,), row % 2) for row in range(at, at + case.micro_batch)]}
         if case.packed:
             lengths = [length for row in range(at, at + case.micro_batch) for length in DOCUMENTS[row % len(DOCUMENTS)]]
-            made.append(packed_batch(*tensors, lengths, torch.device("cpu")))
+            made.append(packed_batch(*tensors, lengths, torch.device("cpu"), extra))
         else:
-            made.append(plain_batch(*tensors, torch.device("cpu")))
+            made.append(plain_batch(*tensors, torch.device("cpu"), extra))
     return made
 
 

@@ -10,7 +10,8 @@ import torch
 from glm.model.chunks import named_parameters
 from glm.recipe.schema import TrainRecipe
 from glm.train.batch import packed_batch, plain_batch
-from glm.train.step import Trainer, next_token_loss
+from glm.train.losses import next_token_loss
+from glm.train.step import Trainer
 from glm.weights import one_rank
 from glm.weights.gather import load_hf_tensors
 from glm.weights.name_map import rows

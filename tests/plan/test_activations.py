@@ -15,7 +15,8 @@ from glm.model.head import CHUNK  # noqa: E402
 from glm.plan.activations import HEAD_PIECE, activations, forwards_in_flight  # noqa: E402
 from glm.plan.ranks import measure  # noqa: E402
 from glm.train.batch import packed_batch, plain_batch  # noqa: E402
-from glm.train.step import Trainer, next_token_loss  # noqa: E402
+from glm.train.losses import next_token_loss  # noqa: E402
+from glm.train.step import Trainer  # noqa: E402
 from glm.weights import one_rank  # noqa: E402
 from tests.model_fixture import tiny_shape  # noqa: E402
 from tests.plan.recipes import stage  # noqa: E402

@@ -17,7 +17,8 @@ from glm.rl.batching import policy_batch  # noqa: E402
 from glm.rl.loss import policy_loss  # noqa: E402
 from glm.rl.types import TrainSample  # noqa: E402
 from glm.train.batch import packed_batch  # noqa: E402
-from glm.train.step import Trainer, next_token_loss  # noqa: E402
+from glm.train.losses import next_token_loss  # noqa: E402
+from glm.train.step import Trainer  # noqa: E402
 from glm.weights import one_rank  # noqa: E402
 from tests.model_fixture import tiny_shape  # noqa: E402
 
