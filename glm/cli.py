@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from glm.errors import UserError, explain_os_error
+from glm.errors import REQUEUE_CODE, UserError, explain_os_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 fine, 1 something required is wrong (doctor), 2 a mistake told on stderr, 130 interrupted."""
+    """Exit codes: 0 fine, 1 something required is wrong (doctor), 2 a mistake told on stderr, 75 saved because the scheduler
+    asked to stop, 130 interrupted."""
     options = _options(arguments)
     try:
         return options.verb(options) or 0
@@ -93,6 +94,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from glm.launch.cluster import command_line, head_line
     from glm.launch.local import Interrupted
+    from glm.launch.signals import Requeued
     from glm.launch.stages import run_stages, select
     from glm.recipe.compose import load_run
 
@@ -111,6 +113,10 @@ def _run(options: argparse.Namespace) -> int:
     except Interrupted as stage:
         print(f"\nglm run: stopped in {stage}; the same command continues from the newest checkpoint", file=sys.stderr)
         return 130
+    except Requeued as stopped:
+        how = "saved" if stopped.saved else "it was stopped before it could save; its newest checkpoint is kept"
+        print(f"glm run: {stopped.stage}: asked to stop: {how}; the same command continues", file=sys.stderr)
+        return REQUEUE_CODE
     return _write_report(run.run_folder)
 
 

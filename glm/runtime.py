@@ -56,7 +56,7 @@ def start(recipe: StageRecipe) -> Runtime:
         else:
             dist.init_process_group(active().backend, rank=rank, world_size=world_size, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
-        divide_ranks(layout)
+        divide_ranks(layout, timeout_seconds=recipe.launcher.timeout_seconds)
     random.seed(recipe.seed)
     numpy.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
@@ -73,10 +73,10 @@ def start(recipe: StageRecipe) -> Runtime:
     )
 
 
-def divide_ranks(layout: Layout, *, gloo: bool = True) -> None:
+def divide_ranks(layout: Layout, *, gloo: bool = True, timeout_seconds: float = 1800) -> None:
     """megatron's process groups for ``layout`` over the ranks of the process group that is there.
 
-    ``gloo``: also those groups over gloo that megatron keeps beside the device's own.
+    ``gloo``: also those groups over gloo that megatron keeps beside the device's own. ``timeout_seconds``: of every group.
     """
     from megatron.core import parallel_state
 
@@ -88,6 +88,7 @@ def divide_ranks(layout: Layout, *, gloo: bool = True) -> None:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=gloo,
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
 
 

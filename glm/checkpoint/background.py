@@ -71,7 +71,7 @@ def _write(rank: int, buckets: list, results: _Results, *, transforms: list, par
     die_with_parent()
     if os.getppid() != parent:  # it died before the kernel was told
         os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the rank decides what they mean; it waits for us, or we end with it
     torch.set_num_threads(1)  # threads of a fork's OpenMP do not exist
     draft = results.path.parent

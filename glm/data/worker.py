@@ -28,7 +28,7 @@ def serve(connection: Connection) -> None:
 
 def main() -> None:
     die_with_parent()
-    for told_to_the_rank in (signal.SIGINT, signal.SIGTERM):  # it may want the rows of a last step
+    for told_to_the_rank in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # it may want the rows of a last step
         signal.signal(told_to_the_rank, signal.SIG_IGN)
     try:
         serve(Connection(int(sys.argv[1])))

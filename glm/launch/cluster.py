@@ -2,10 +2,15 @@
 
 import os
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
+from glm.checkpoint.run_folder import RunFolder
 from glm.errors import PlatformError
+from glm.launch.local import POLL_SECONDS, Interrupted, RankFailed
+from glm.launch.signals import Requeued, StopSignals
 from glm.recipe.schema import StageRecipe
 
 RENDEZVOUS_PORT = 29_500
@@ -34,13 +39,32 @@ def on_cluster(recipe: StageRecipe) -> bool:
     return recipe.launcher.kind == "slurm" and recipe.world_size > 1
 
 
-def run_on_cluster(recipe: StageRecipe, recipe_file: Path) -> None:
-    """Runs a stage inside the Slurm allocation this process belongs to. Raises PlatformError outside one, or if it fails."""
+def run_on_cluster(recipe: StageRecipe, recipe_file: Path, stop: StopSignals) -> None:
+    """Runs a stage inside the Slurm allocation this process belongs to. Raises PlatformError outside one, RankFailed if it fails.
+
+    srun and torchrun keep neither signals nor exit codes: the stage is asked to stop by a file, and says by one that it did.
+    """
     require_allocation(recipe)
-    script = f"{head_line()}\n{command_line(recipe, recipe_file)}"
-    code = subprocess.run(["bash", "-euc", script], check=False).returncode
+    folder = RunFolder.of(recipe)
+    process = subprocess.Popen(["bash", "-euc", f"{head_line()}\n{command_line(recipe, recipe_file)}"], process_group=0)
+    deadline = None
+    try:
+        while (code := process.poll()) is None and (deadline is None or time.monotonic() < deadline):
+            if stop.asked and deadline is None:
+                folder.stop_request(recipe.stage).touch()
+                deadline = time.monotonic() + recipe.launcher.grace_seconds
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
+        raise Interrupted(recipe.stage) from None
+    if code is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+    if stop.asked or folder.requeue(recipe.stage).exists():
+        raise Requeued(recipe.stage, saved=folder.requeue(recipe.stage).exists())
     if code:
-        raise PlatformError(
+        raise RankFailed(
             f"stage {recipe.stage}", f"srun ended with code {code}", "every rank to end with code 0",
             "its last words are above; the same command continues from the newest checkpoint",
         )

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from glm.errors import PlatformError
+from glm.errors import HANG_CODE, REQUEUE_CODE, ROLLBACK_CODE, PlatformError
+from glm.launch.signals import Requeued, StopSignals
 from glm.platform.lifetime import PARENT_VARIABLE
 
 POLL_SECONDS = 0.05
@@ -20,10 +21,19 @@ GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL."""
 INTERRUPT_SECONDS = 20.0
 """What ranks get to stop by themselves after Ctrl-C."""
+LEAVE_SECONDS = 10.0
+"""What the others get when one rank ends with a code with which all do."""
+_TOGETHER = (REQUEUE_CODE, ROLLBACK_CODE, HANG_CODE)
 
 
 class Interrupted(Exception):
-    """The user (or the scheduler, with SIGTERM) asked to stop; the ranks are gone."""
+    """The user asked to stop; the ranks are gone."""
+
+
+class RankFailed(PlatformError):
+    """A rank ended in another way than with code 0. ``code``: its exit code, negative for a signal."""
+
+    code = 1
 
 
 @dataclass
@@ -34,36 +44,46 @@ class _Rank:
     """None: rank 0, which writes to the terminal."""
 
 
-def run_ranks(command: list[str], world_size: int, folder: Path, *, stage: str, threads_per_rank: int = 1) -> None:
+def run_ranks(command: list[str], world_size: int, folder: Path, *, stage: str, threads_per_rank: int = 1, attempt: int = 1,
+              grace_seconds: float = INTERRUPT_SECONDS, stop: StopSignals | None = None) -> None:
     """Runs ``command`` once a rank, with torchrun's variables, and returns when all have exited with 0.
 
-    Rank 0 writes to the terminal, rank N to ``folder/rank_N.log``. Raises PlatformError naming the first rank that fails,
-    after stopping the others, and Interrupted on Ctrl-C or SIGTERM. No process is left behind in either case.
+    Rank 0 writes to the terminal, rank N to ``folder/rank_N.log`` (``attempt`` 2 and later behind what is there). When ``stop`` is
+    asked for, the ranks get SIGTERM and ``grace_seconds``. Raises RankFailed naming the first rank that fails, after stopping the
+    others, Interrupted on Ctrl-C, and Requeued when they stopped for the scheduler. No process is left behind in any case.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks: list[_Rank] = []
-    with ExitStack() as opened, _sigterm_as_interrupt():
+    with ExitStack() as opened:
+        stop = stop or opened.enter_context(StopSignals())
         try:
             port = free_port()
             for number in range(world_size):
                 log = folder / f"rank_{number}.log" if number else None
-                out = opened.enter_context(log.open("wb")) if log else None
+                out = opened.enter_context(log.open("ab" if attempt > 1 else "wb")) if log else None
                 environment = rank_environment(number, world_size, port, threads_per_rank)
                 process = subprocess.Popen(
                     command, env=environment, stdout=out, stderr=subprocess.STDOUT if out else None, stdin=subprocess.DEVNULL,
                     process_group=0,    # Ctrl-C reaches the launcher only, which tells the ranks once
                 )
                 ranks.append(_Rank(number, process, log))
-            failed = _wait(ranks)
-            if not failed:
+            codes = _wait(ranks, stop, grace_seconds)
+            if codes == [0] * world_size:
                 _until(lambda: not _living_groups(ranks), GRACE_SECONDS)    # a logger may still be writing its last line
         except KeyboardInterrupt:
             _interrupt(ranks)
             raise Interrupted(stage) from None
         finally:
             _terminate(ranks)
-    if failed:
-        raise _failure(failed, stage)
+    if codes == [0] * world_size:
+        return
+    if stop.asked or REQUEUE_CODE in codes:
+        if all(code in (0, REQUEUE_CODE, None, -signal.SIGTERM) for code in codes):
+            raise Requeued(stage, saved=all(code in (0, REQUEUE_CODE) for code in codes))
+    # Of several at once: the one a signal killed, then one that says why all end, then one that ended with a user's error
+    # (2); the others lost their peer.
+    failed = min((code > 0, code not in _TOGETHER, code != 2, number) for number, code in enumerate(codes) if code)
+    raise _failure(ranks[failed[-1]], codes[failed[-1]], stage)
 
 
 def rank_environment(rank: int, world_size: int, port: int, threads_per_rank: int) -> dict[str, str]:
@@ -86,18 +106,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(ranks: list[_Rank]) -> _Rank | None:
-    """Until all ranks are done (none) or one has failed.
-
-    Of several at once: the one a signal killed, then one that ended with a user's error (2): the others lost their peer.
-    """
+def _wait(ranks: list[_Rank], stop: StopSignals, grace_seconds: float) -> list[int | None]:
+    """The exit codes when all ranks are done, one has failed, or time to end together is over (None: still running)."""
+    told = leaving = None
     while True:
-        codes = [(rank, _exit_code(rank)) for rank in ranks]
-        failed = sorted((code > 0, code != 2, rank.number) for rank, code in codes if code)    # signals are negative
-        if failed:
-            return ranks[failed[0][2]]
-        if all(code == 0 for _, code in codes):
-            return None
+        codes, now = [_exit_code(rank) for rank in ranks], time.monotonic()
+        if None not in codes or any(code not in (None, 0, *_TOGETHER) for code in codes):
+            return codes
+        if leaving is None and any(code in _TOGETHER for code in codes):
+            leaving = now
+            _signal(ranks, signal.SIGCONT)    # a stopped rank cannot say where it stands
+        if told is None and stop.asked:
+            told = now
+            for rank in ranks:
+                os.kill(rank.process.pid, signal.SIGTERM)    # not reaped yet, so the number is its own
+        if told is not None and now - told > grace_seconds or leaving is not None and now - leaving > LEAVE_SECONDS:
+            return codes
         time.sleep(POLL_SECONDS)
 
 
@@ -161,29 +185,17 @@ def _signal(ranks: list[_Rank], number: int) -> None:
             continue
 
 
-@contextmanager
-def _sigterm_as_interrupt():
-    """A scheduler's SIGTERM takes the same way out as Ctrl-C."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _failure(rank: _Rank, stage: str) -> PlatformError:
-    code = rank.process.returncode
+def _failure(rank: _Rank, code: int, stage: str) -> RankFailed:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     if -code == signal.SIGKILL:
         how += " (out of memory, if nobody killed it by hand)"
     todo = "its last words are above" if rank.log is None else f"see {rank.log}; it ends:\n{last_lines(rank.log)}"
-    return PlatformError(
+    failure = RankFailed(
         f"stage {stage}, rank {rank.number}", f"it {how}; the other ranks were stopped", "every rank to end with code 0",
         f"{todo}\n            the same command continues from the newest checkpoint",
     )
+    failure.code = code
+    return failure
 
 
 def last_lines(path: Path, count: int = 15) -> str:

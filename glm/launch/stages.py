@@ -13,6 +13,8 @@ from glm.errors import PlatformError, RecipeError
 from glm.launch.cluster import on_cluster, run_on_cluster
 from glm.launch.local import rank_command, run_ranks
 from glm.launch.preflight import preflight
+from glm.launch.signals import Requeued, StopSignals
+from glm.launch.supervisor import supervise
 from glm.recipe.compose import Run
 from glm.recipe.saved import differing_keys, dump_recipe, load_recipe
 from glm.recipe.schema import StageRecipe
@@ -28,11 +30,12 @@ def run_stages(
 
     Everything that can be refused is refused before the first stage starts: an unknown stage, one made with another
     recipe, a parent that is not there, a folder another `glm run` is using, and what `preflight` finds for any of them.
-    Raises RecipeError or PlatformError.
+    A stage whose ranks died is started again (glm/launch/supervisor.py). Raises RecipeError, PlatformError, and Requeued when
+    the scheduler asked to stop.
     """
     selected = select(run, chosen)
     folder, prints = RunFolder(run.run_folder), run.fingerprints()
-    with lock(folder.root):
+    with lock(folder.root), StopSignals() as stop:
         done = {stage for stage in run.stages if _is_done(folder, stage, prints[stage])}
         for stage in selected:
             if stage not in done:
@@ -45,10 +48,12 @@ def run_stages(
                 continue
             say(f"{stage}: starts ({run.stages[stage].world_size} rank{'s' * (run.stages[stage].world_size > 1)})")
             started = time.monotonic()
-            _run_stage(run.stages[stage], folder, prints[stage], command)
+            _run_stage(run.stages[stage], folder, prints[stage], command, say, stop)
             seconds = time.monotonic() - started
             write_json(folder.done(stage), {"fingerprint": prints[stage], "seconds": round(seconds, 1)})
             say(f"{stage}: done in {seconds:.0f} s")
+            if stop.asked:
+                raise Requeued(stage, saved=True)
 
 
 def select(run: Run, chosen: list[str]) -> list[str]:
@@ -59,17 +64,24 @@ def select(run: Run, chosen: list[str]) -> list[str]:
     return [stage for stage in run.stages if not chosen or stage in chosen]
 
 
-def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str, command: Callable[[Path], list[str]]) -> None:
+def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str, command: Callable[[Path], list[str]],
+               say: Callable[[str], None], stop: StopSignals) -> None:
     stage = recipe.stage
     write_json(folder.recipe(stage), dump_recipe(recipe))
     write_json(started_file(folder, stage), {"fingerprint": fingerprint})
-    if on_cluster(recipe):
-        run_on_cluster(recipe, folder.recipe(stage))
-    else:
-        run_ranks(
-            command(folder.recipe(stage)), recipe.world_size, folder.stage(stage), stage=stage,
-            threads_per_rank=recipe.launcher.threads_per_rank,
-        )
+    for left in (folder.stop_request(stage), folder.requeue(stage)):
+        left.unlink(missing_ok=True)
+
+    def start(attempt: int) -> None:
+        if on_cluster(recipe):
+            run_on_cluster(recipe, folder.recipe(stage), stop)
+        else:
+            run_ranks(
+                command(folder.recipe(stage)), recipe.world_size, folder.stage(stage), stage=stage, attempt=attempt, stop=stop,
+                threads_per_rank=recipe.launcher.threads_per_rank, grace_seconds=recipe.launcher.grace_seconds,
+            )
+
+    supervise(start, recipe, folder, say)
 
 
 def started_file(folder: RunFolder, stage: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 
 from glm.checkpoint.run_folder import RunFolder, write_atomically
 from glm.errors import DataError
-from glm.metrics import page
+from glm.metrics import goodput, page
 from glm.metrics.console import short_count
 from glm.metrics.figures import PALETTE, Curve, curves, heat_maps, smoothed
 from glm.metrics.read import RunMetrics, StageMetrics, read_lines, read_run
@@ -67,7 +67,7 @@ def write_report(run_folder: Path) -> Path:
     training = [stage for stage in stages if stage.is_training]
     parts = [
         f"<h1>{page.text(name)}</h1>", page.sentence(_subtitle(stages)), page.cards(_facts(stages)),
-        page.section("Stages", _summary(stages)),
+        page.section("Stages", _summary(stages), *_goodput(folder, stages)),
         page.section("Training", *_training(training)),
         page.section("Expert load", *_expert_load(training)),
         page.section("Reinforcement learning", *rl_parts([(stage.name, stage.metrics, stage.recipe) for stage in stages])),
@@ -145,6 +145,11 @@ def _summary(stages: list[Stage]) -> str:
         ))
     headers = ("stage", "main", "from", "state", "tokens", "steps", "time", "first", "last", "of", "validation")
     return page.table(headers, rows, words=4)
+
+
+def _goodput(folder: RunFolder, stages: list[Stage]) -> list[str]:
+    told = [(stage.name, goodput.of_stage(folder, stage.name)) for stage in stages]
+    return [page.sentence(f"{name}: {one.sentence}.") for name, one in told if one]
 
 
 def _training(stages: list[Stage]) -> list[str]:

@@ -40,6 +40,7 @@ from glm.tokenizer import load_tokenizer
 from glm.train.plan import StepPlan, plan_step
 from glm.train.resume import StageCheckpoints
 from glm.train.step import StepOutcome, Trainer
+from glm.train.stop import StopRequest
 
 
 def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
@@ -60,6 +61,7 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
             config=dump_recipe(recipe),
         ))
         log.rewind(progress.step if progress.step else -1)
+        stop = stack.enter_context(StopRequest(recipe.stage, folder, runtime))
         actor = None
         if runtime.is_first:
             if progress.step == 0:
@@ -73,6 +75,7 @@ def reinforce(recipe: RLRecipe, environments: list[Environment]) -> None:
             log.line(plan.step + 1, step(recipe, trainer, actor, sync, runtime, plan))
             progress = progress.after(plan)
             checkpoints.after_step(progress)
+            stop.obey(progress, save=checkpoints.close)
             if actor and recipe.evaluation.every_steps and progress.step % recipe.evaluation.every_steps == 0 \
                     and progress.step < recipe.rl.steps:
                 log.line(progress.step, {"eval/phase": "during"} | actor.evaluate(progress.step))

@@ -9,6 +9,7 @@ from glm.checkpoint.run_folder import RunFolder
 from glm.data.batches import Batches
 from glm.data.prepare import prepare
 from glm.data.read_ahead import ReadAhead
+from glm.metrics import goodput
 from glm.metrics.log import MetricLog
 from glm.recipe.compose import dump_recipe
 from glm.recipe.mixture import mixture_of
@@ -21,6 +22,8 @@ from glm.train.plan import count_steps, plan_step, whole_micro_batches
 from glm.train.resume import Replay, StageCheckpoints
 from glm.train.setbacks import Setbacks
 from glm.train.step import Trainer
+from glm.train.stop import StopRequest
+from glm.train.watchdog import Watchdog
 
 
 def train(recipe: TrainRecipe) -> None:
@@ -44,14 +47,21 @@ def train(recipe: TrainRecipe) -> None:
     if runtime.is_first and progress.step == 0 and (recipe.parent is None or recipe.schedule.clock == "stage"):
         print(trainer.optimizer.table, flush=True)
 
-    with MetricLog(
-        folder.root, recipe.stage, total_steps=total, enabled=runtime.is_first, logging=recipe.logging,
-        config=dump_recipe(recipe),
-    ) as log:
-        replay = Replay(recipe, setbacks.of_this_path(log.rewind(progress.step if progress.step else -1)), resumed.exact)
+    with (
+        MetricLog(
+            folder.root, recipe.stage, total_steps=total, enabled=runtime.is_first, logging=recipe.logging, config=dump_recipe(recipe),
+        ) as log,
+        Watchdog(recipe.launcher.timeout_seconds, runtime.rank, folder.hang(recipe.stage, runtime.rank)) as watchdog,
+        StopRequest(recipe.stage, folder, runtime) as stop,
+    ):
+        dropped = log.rewind(progress.step if progress.step else -1)
+        replay = Replay(recipe, setbacks.of_this_path(dropped), resumed.exact)
+        if runtime.is_first:
+            goodput.note_start(folder, recipe.stage, progress.step, dropped)
         loss, step_metrics, phases = loss_of(recipe), StepMetrics(recipe), trainer.phases
         while progress.stage_tokens < recipe.tokens:
             started = time.perf_counter()
+            watchdog.beat(f"step {progress.step + 1}")
             plan = plan_step(recipe, progress)
             with phases("data"):
                 rows = setbacks.rows(batches, *share(progress.stage_tokens // recipe.sequence_length, plan.num_sequences, runtime))
@@ -71,8 +81,12 @@ def train(recipe: TrainRecipe) -> None:
                     log.line(progress.step, validation_metrics(validate(trainer, recipe, batches, runtime, recipe.validation.rows)))
             with phases("checkpoint"):
                 checkpoints.after_step(progress)
+            stop.obey(progress, save=checkpoints.close)
+        watchdog.beat("the end of the stage")
         checkpoints.close(progress)
         log.line(progress.step, validation_metrics(validate(trainer, recipe, batches, runtime, recipe.validation.rows)))
+    if runtime.is_first:
+        print(f"{recipe.stage}: {goodput.of_stage(folder, recipe.stage).sentence}", flush=True)
     runtimes.stop()
 
 

@@ -27,13 +27,14 @@ def install(recipe: dict) -> None:
     import numpy
     import torch
 
-    from glm.data.batches import Batches
+    from glm.data.read_ahead import ReadAhead
     from glm.train import loop
+    from glm.train.step import Trainer
 
     folder = Path(recipe["run_folder"])
     faults = json.loads((folder / "fault.json").read_text())
     poisoned = {int(row): float(factor) for row, factor in faults.get("poisoned", {}).items()}
-    clean_rows, clean_loss, clean_plan = Batches.rows, loop.next_token_loss, loop.plan_step
+    clean_rows, clean_step, clean_plan = ReadAhead.rows, Trainer.step, loop.plan_step
 
     def rows(self, first, count):
         served = clean_rows(self, first, count)
@@ -44,14 +45,17 @@ def install(recipe: dict) -> None:
         ids[0] = POISON + 1 + sorted(poisoned).index(number)
         return dataclasses.replace(row, token_ids=ids)
 
-    def loss(losses, batch):
-        total, count, metrics = clean_loss(losses, batch)
-        for row in batch.token_ids:
-            if len(row) > 1 and (row[1:] == POISON).all():
-                total = total * poisoned[sorted(poisoned)[int(row[0]) - POISON - 1]]
-                if not torch.isfinite(total):
-                    metrics = {"loss": torch.stack([total.detach(), count])}
-        return total, count, metrics
+    def step(self, batches, loss, **settings):
+        def poisonous(losses, batch):
+            total, count, metrics = loss(losses, batch)
+            for row in batch.token_ids:
+                if len(row) > 1 and (row[1:] == POISON).all():
+                    total = total * poisoned[sorted(poisoned)[int(row[0]) - POISON - 1]]
+                    if not torch.isfinite(total):
+                        metrics = metrics | {"loss": torch.stack([total.detach(), count])}
+            return total, count, metrics
+
+        return clean_step(self, batches, poisonous, **settings)
 
     def plan_step(recipe, progress):
         for kind in ("kill", "stop", "sleep", "spin"):
@@ -61,7 +65,7 @@ def install(recipe: dict) -> None:
                 happen(kind)
         return clean_plan(recipe, progress)
 
-    Batches.rows, loop.next_token_loss, loop.plan_step = rows, loss, plan_step
+    ReadAhead.rows, Trainer.step, loop.plan_step = rows, step, plan_step
 
 
 def happen(kind: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glm.errors import PlatformError
-from glm.launch.local import Interrupted, run_ranks
+from glm.launch.local import Interrupted, RankFailed, run_ranks
 
 ROOT = Path(__file__).parents[2]
 LIFETIME = ROOT / "glm" / "platform" / "lifetime.py"
@@ -65,12 +65,13 @@ def assert_gone(processes: list[int], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def launcher(folder: Path, command: list[str], world_size: int = 2) -> subprocess.Popen:
+def launcher(folder: Path, command: list[str], world_size: int = 2, grace_seconds: float = 20) -> subprocess.Popen:
     """A process of its own that runs the ranks, to be killed."""
     code = (
         "import signal, sys\nfrom pathlib import Path\nfrom glm.launch.local import Interrupted, run_ranks\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"try: run_ranks({command!r}, {world_size}, Path({str(folder)!r}), stage='s')\nexcept Interrupted: sys.exit(130)\n"
+        "from glm.launch.signals import Requeued\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"try: run_ranks({command!r}, {world_size}, Path({str(folder)!r}), stage='s', grace_seconds={grace_seconds})\n"
+        "except Interrupted: sys.exit(130)\nexcept Requeued as stopped: sys.exit(75 if stopped.saved else 76)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
 
@@ -159,8 +160,7 @@ def test_a_rank_whose_launcher_died_before_it_could_ask_dies_at_once(tmp_path):
     assert process.wait(timeout=20) == -signal.SIGKILL and not (tmp_path / "pid_0").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_reaches_the_ranks_and_is_waited_for(tmp_path, number):
+def test_an_interrupt_reaches_the_ranks_and_is_waited_for(tmp_path):
     command = rank_program(tmp_path, """
         try:
             put(f"ready_{rank}", "")
@@ -171,10 +171,38 @@ def test_an_interrupt_reaches_the_ranks_and_is_waited_for(tmp_path, number):
     process = launcher(tmp_path, command)
     started = pids(tmp_path, 2)
     wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists(), "the ranks had time to end by themselves"
     assert_gone(started, 10)
+
+
+@pytest.mark.parametrize(("number", "body", "code"), [
+    (signal.SIGTERM, "signal.signal(signal.SIGTERM, lambda *_: (put(f'saved_{rank}', ''), sys.exit(75)))", 75),
+    (signal.SIGUSR1, "signal.signal(signal.SIGTERM, lambda *_: (put(f'saved_{rank}', ''), sys.exit(75)))", 75),
+    (signal.SIGTERM, "", 76),
+    (signal.SIGTERM, "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 76),
+])
+def test_a_schedulers_signal_asks_the_ranks_to_save_and_tells_whether_they_did(tmp_path, number, body, code):
+    process = launcher(tmp_path, rank_program(tmp_path, f"{body}\nput(f'ready_{{rank}}', '')\ntime.sleep(60)"), grace_seconds=10 if code == 75 else 1)
+    started = pids(tmp_path, 2)
+    wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code, "75 saved, 76 not"
+    assert code == 76 or (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
+    assert_gone(started, 10)
+
+
+def test_a_rank_that_says_why_all_end_is_named_before_one_that_lost_its_peer_and_the_others_may_end_by_themselves(tmp_path):
+    command = rank_program(tmp_path, """
+        wait_for("pid_0", "pid_1")
+        if rank == "1": sys.exit(77)
+        os.kill(os.getpid(), signal.SIGSTOP)    # woken up to tell where it stands
+        put("told", ""); sys.exit(1)
+    """)
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(command, 2, tmp_path, stage="s")
+    assert caught.value.code == 77 and "rank 1" in caught.value.where and (tmp_path / "told").exists()
 
 
 def test_interrupted_is_not_a_users_mistake():

@@ -11,6 +11,7 @@ import pytest
 from glm.checkpoint.run_folder import RunFolder
 from glm.errors import PlatformError, RecipeError
 from glm.launch.cluster import command_line, run_on_cluster
+from glm.launch.signals import StopSignals
 from glm.launch.stages import lock, run_stages
 from glm.recipe.compose import load_recipe, load_run
 
@@ -134,15 +135,15 @@ def test_a_cluster_stage_is_started_by_srun_inside_an_allocation_only(tmp_path, 
     assert "srun --nodes=32 --ntasks-per-node=1" in line and "--nproc-per-node=8" in line and line.endswith("-m glm.rank r.json")
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     with pytest.raises(PlatformError, match="sbatch --nodes=32 --gpus-per-node=8"):
-        run_on_cluster(recipe, Path("r.json"))
+        run_on_cluster(recipe, Path("r.json"), StopSignals())
     for name, body in (("srun", 'echo "$@"; exit $CODE'), ("scontrol", "echo first; echo second")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     monkeypatch.setenv("CODE", "0")
-    run_on_cluster(recipe, Path("r.json"))
+    run_on_cluster(recipe, Path("r.json"), StopSignals())
     assert "--rdzv-endpoint=first:29500" in capfd.readouterr().out
     monkeypatch.setenv("CODE", "4")
     with pytest.raises(PlatformError, match="srun ended with code 4"):
-        run_on_cluster(recipe, Path("r.json"))
+        run_on_cluster(recipe, Path("r.json"), StopSignals())

@@ -1,0 +1,71 @@
+"""A rank that dies, stops or never comes: found out in time, told, and the stage goes on as if nothing had happened."""
+
+import re
+import time
+
+import pytest
+
+from glm.checkpoint.run_folder import RunFolder
+from glm.errors import PlatformError
+from glm.metrics.goodput import of_stage
+from tests.faults.stage import STAGE, TWO_RANKS, copy_of, lines, numbers, run, weights
+from tests.runs import processes_of
+
+TIMEOUT = 15
+QUICK = (*TWO_RANKS, f"{STAGE}.launcher.timeout_seconds={TIMEOUT}")
+
+
+def disturbed(undisturbed, name: str, fault: dict, *changes: str) -> tuple:
+    """(folder, what the launcher said, the one restart's record) of the same stage with a fault."""
+    folder = copy_of(undisturbed, name, up_to=0)
+    said = run(folder, *QUICK, *changes, faults=fault)
+    (restart,) = [entry for entry in lines(folder / "stages" / STAGE / "restarts.jsonl") if entry["kind"] != "start"]
+    assert processes_of(folder) == [], "somebody was left behind"
+    return folder, "\n".join(said), restart
+
+
+def test_a_rank_stopped_in_the_middle_of_a_step_is_found_out_and_the_stage_goes_on(undisturbed):
+    folder, said, restart = disturbed(undisturbed, "stopped", {"stop": {"rank": 1, "step": 4}})
+    assert restart["kind"] == "hang" and restart["step"] == 3
+    assert TIMEOUT <= restart["idle_seconds"] < 2 * TIMEOUT + 10, "10 s: what the stopped rank gets to tell where it stands"
+    first, second = re.search(r"rank 0, (.*)", said)[1], re.search(r"rank 1, (.*)", said)[1]
+    assert re.search(r"in step 4: waits in all_reduce of float64 \[\d\], call \d+ of the group of ranks \[0, 1\], called by _run \(train/step.py", first), first
+    assert "waits for no other rank" in second
+    log = (folder / "stages" / STAGE / "rank_1.log").read_text()
+    assert "Thread 0x" in log and "most recent call first" in log and " in train" in log, "the stack of the rank to look at"
+    assert numbers(folder) == numbers(undisturbed) and weights(folder, 6) == weights(undisturbed, 6)
+    told = of_stage(RunFolder(folder), STAGE)
+    assert told.seconds["hung"] == restart["idle_seconds"] and told.seconds["repeated"] > 0 and told.share < 0.5, told.sentence
+
+
+@pytest.mark.full
+def test_a_rank_that_sleeps_in_a_step_is_named_and_stacks_of_all_are_there(undisturbed):
+    folder, said, restart = disturbed(undisturbed, "asleep", {"sleep": {"rank": 0, "step": 2}})
+    assert restart["kind"] == "hang" and "rank 0" in said and "waits for no other rank in happen" in said
+    assert re.search(r"rank 1, .*waits in all_reduce", said)
+    assert numbers(folder) == numbers(undisturbed)
+
+
+@pytest.mark.full
+def test_a_thread_that_never_gives_the_interpreter_back_is_found_out_too(undisturbed):
+    folder, said, restart = disturbed(undisturbed, "spinning", {"spin": {"rank": 1, "step": 2}})
+    assert restart["kind"] == "hang" and re.search(r"rank 0, .*waits in all_reduce", said)
+    assert numbers(folder) == numbers(undisturbed)
+
+
+def test_a_killed_rank_is_named_and_the_stage_goes_on_bit_for_bit(undisturbed):
+    began = time.monotonic()
+    folder, said, restart = disturbed(undisturbed, "killed", {"kill": {"rank": 1, "step": 4}})
+    assert restart["kind"] == "killed" and "rank 1: it was killed by SIGKILL" in restart["reason"] and "rank 1" in said
+    assert restart["idle_seconds"] < TIMEOUT, "the others need not wait for the time-out"
+    assert numbers(folder) == numbers(undisturbed) and weights(folder, 6) == weights(undisturbed, 6)
+    assert time.monotonic() - began < 300
+
+
+@pytest.mark.full
+def test_without_restarts_the_message_says_who_hung_and_where(undisturbed):
+    folder = copy_of(undisturbed, "no_restart", up_to=0)
+    with pytest.raises(PlatformError) as caught:
+        run(folder, *QUICK, f"{STAGE}.launcher.max_restarts=0", faults={"stop": {"rank": 0, "step": 2}})
+    assert "no progress for 15 s" in caught.value.found and "rank 1" in caught.value.found and "rank 0" in caught.value.found
+    assert "hang_rank_" in caught.value.todo and processes_of(folder) == []
