@@ -7,12 +7,13 @@ from rich.table import Table
 
 from glm.errors import RecipeError, UserError
 from glm.model.size import kv_bytes_per_token, parameters, training_flops_per_token
+from glm.optim.flops import step_flops
 from glm.plan.memory import StageStates, build_states, fits, least_ranks, room_bytes, stage_memory, suggest
 from glm.recipe.compose import Run, load_run
 from glm.recipe.schema import ModelStageRecipe, TrainRecipe
 from glm.recipe.source import shown
 from glm.show.text import console, short
-from glm.train.plan import count_steps, data_parallel_size
+from glm.train.plan import Progress, count_steps, data_parallel_size, plan_step, progress_at
 
 BYTES = {"fp32": 4, "bf16": 2}
 LENGTHS = (4096, 32_768, 131_072)
@@ -32,13 +33,15 @@ def check_runs(files: list[str], changes: list[str], *, as_json: bool) -> int:
     states = iter(build_states([recipe for recipes in trained for recipe in recipes.values()]))
     full = False
     for run, recipes in zip(runs, trained):
-        memory = {stage: _memory(recipe, next(states)) for stage, recipe in recipes.items()}
+        built = {stage: next(states) for stage in recipes}
+        memory = {stage: _memory(recipe, built[stage]) for stage, recipe in recipes.items()}
         full = full or any(entry["fits"] is False for entry in memory.values())
-        summary = summarize(run) | {"memory": memory}
+        summary = summarize(run) | {"memory": memory, "muon": {stage: muon_share(recipe, built[stage]) for stage, recipe in recipes.items()}}
         if as_json:
             print(json.dumps(summary))
         else:
             _print_summary(summary)
+            print_muon(summary["muon"])
             print_memory(memory)
     if len(wrong) == 1:
         raise wrong[0]
@@ -76,6 +79,23 @@ def summarize(run: Run) -> dict:
         "flops_per_token": {str(length): training_flops_per_token(model, length) for length in sorted(lengths)},
         "kv_bytes_per_token": kv_bytes_per_token(model, BYTES[first.precision.params]),
         "stages": stages,
+    }
+
+
+def muon_share(recipe: ModelStageRecipe, states: list[StageStates]) -> dict:
+    """Orthogonalisation as a part of all floating-point operations of a step, at the stage's smallest and largest batch.
+
+    ``share``: over the whole model. ``busiest_share``: on the rank that owns the costliest matrices, of its own operations; the others
+    wait for it. Layouts that leave few owners, or one parameter far larger than the rest, show there.
+    """
+    ends = (0, recipe.tokens) if isinstance(recipe, TrainRecipe) else (0,)
+    batches = sorted({plan_step(recipe, progress_at(recipe, end) if end else Progress()).tokens for end in ends})
+    whole, busiest = step_flops(recipe.model, recipe.optimizer), max(stage.muon_flops for stage in states)
+    trained = [training_flops_per_token(recipe.model, recipe.sequence_length) * tokens for tokens in batches]
+    return {
+        "flops": whole, "busiest_rank_flops": busiest, "batch_tokens": batches,
+        "share": [whole / (whole + flops) for flops in trained],
+        "busiest_share": [busiest / (busiest + flops / recipe.world_size) for flops in trained],
     }
 
 
@@ -123,6 +143,20 @@ def _print_summary(summary: dict) -> None:
     costs = (f"{flops / 1e9:,.4g} GFLOP at {int(length):,}" for length, flops in summary["flops_per_token"].items())
     out.print(f"training a token: {', '.join(costs)} tokens of context", highlight=False, soft_wrap=True)
     out.print(table)
+
+
+def print_muon(shares: dict[str, dict]) -> None:
+    """A line for each group of stages in which Muon costs the same."""
+    lines: dict[str, list[str]] = {}
+    for stage, entry in shares.items():
+        parts = (
+            f"{share:.2%} of a step of {short(tokens)} tokens (busiest rank {busiest:.2%})"
+            for tokens, share, busiest in zip(entry["batch_tokens"], entry["share"], entry["busiest_share"])
+        )
+        if entry["flops"]:
+            lines.setdefault(f"{entry['flops']:.3g} FLOP a step, {', '.join(parts)}", []).append(stage)
+    for line, stages in lines.items():
+        console().print(f"Muon, {', '.join(stages)}: {line}", highlight=False, soft_wrap=True)
 
 
 def print_memory(memory: dict[str, dict]) -> None:

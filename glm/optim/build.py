@@ -202,14 +202,15 @@ def assign_owners(
     owner = {}
     for copies in dict.fromkeys(place.copies for place in places.values()):
         members = [item for item in stepped if places[item[1]].copies is copies]
-        costs = [
-            Cost(
-                muon_flops(name, param, places[param].cut, fused, settings.newton_schulz_steps) if rule == "muon" else 0, state_bytes(param, rule),
-            )
-            for name, param, rule in members
-        ]
+        costs = [cost(item, places[item[1]], settings, fused) for item in members]
         owner |= {param: rank for (_, param, _), rank in zip(members, owners(costs, copies.size()))}
     return owner
+
+
+def cost(item: tuple[str, torch.nn.Parameter, str], place: Placement, settings: Muon | AdamWAlone, fused: Fused) -> Cost:
+    """What (name, parameter, rule) costs its owner; the shards of a cut parameter share the operations."""
+    name, param, rule = item
+    return Cost(muon_flops(name, param, place.cut, fused, settings.newton_schulz_steps) if rule == "muon" else 0, state_bytes(param, rule))
 
 
 def state_bytes(param: torch.nn.Parameter, rule: str) -> int:

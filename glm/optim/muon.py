@@ -6,7 +6,8 @@ from typing import Callable
 import torch
 
 from glm.recipe.sections import Model, Split
-from glm.optim.newton_schulz import Coefficients, Cut, newton_schulz, newton_schulz_flops, newton_schulz_shards
+from glm.optim.flops import newton_schulz_flops
+from glm.optim.newton_schulz import Coefficients, Cut, newton_schulz, newton_schulz_shards
 
 
 BUCKET_ELEMENTS = 1 << 26

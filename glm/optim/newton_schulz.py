@@ -43,11 +43,13 @@ def polynomials(coefficients: str, steps: int) -> Coefficients:
 def newton_schulz(matrices: torch.Tensor, polynomials: Coefficients, eps: float = 1e-7) -> torch.Tensor:
     """[..., m, n] -> [..., m, n] with all singular values near 1 and the same singular vectors.
 
-    Runs in the dtype given. Works on the smaller Gram matrix: see ``newton_schulz_flops``. A GPU takes the batch whole; a CPU takes
+    Runs in the dtype given. Works on the smaller Gram matrix: see glm.optim.flops. A GPU takes the batch whole; a CPU takes
     as many matrices at a time as its cache holds, which is twice as fast for small ones and gives the same bits.
     """
     flat = matrices.reshape(-1, *matrices.shape[-2:])
-    together = max(1, CACHED_ELEMENTS // flat[0].numel()) if flat.is_cpu and len(flat) else max(1, len(flat))
+    together = max(1, CACHED_ELEMENTS // flat.shape[-2:].numel()) if flat.is_cpu else len(flat)
+    if len(flat) <= together:
+        return _orthogonalised(flat, polynomials, eps).reshape(matrices.shape)
     done = torch.empty_like(flat)
     for part, result in zip(flat.split(together), done.split(together)):
         result.copy_(_orthogonalised(part, polynomials, eps))
@@ -64,12 +66,6 @@ def _orthogonalised(matrices: torch.Tensor, polynomials: Coefficients, eps: floa
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
     return x.mT if tall else x
-
-
-def newton_schulz_flops(m: int, n: int, steps: int = 5) -> int:
-    """Of one m x n matrix."""
-    short, long = sorted((m, n))
-    return steps * (4 * short * short * long + 2 * short**3)
 
 
 def newton_schulz_shards(shards: torch.Tensor, cut: Cut, polynomials: Coefficients) -> torch.Tensor:

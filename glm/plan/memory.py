@@ -38,6 +38,8 @@ class StageStates:
     optimizer_bytes: int
     """On the rank of this stage that keeps most: whole parameters are divided over data-parallel ranks."""
     least_optimizer_bytes: int
+    muon_flops: int
+    """Of orthogonalisation, a step, on the rank of this stage that has most."""
     step_bytes: int
     """Working memory of the optimizer, an upper bound: Newton-Schulz on the largest bucket holds its directions, the batch, four
     more of its size, and three Gram matrices no larger than it, all fp32; shards of matrices are gathered and given back, four more."""

@@ -47,15 +47,19 @@ def build_rank(recipe: ModelStageRecipe, rank: int) -> StageStates:
 
 def measure(recipe: ModelStageRecipe, chunks: list, named: list[tuple[str, torch.nn.Parameter]], pipeline_rank: int) -> StageStates:
     """What a rank holds whose model chunks are ``chunks``; on any device, with its process groups there."""
-    from glm.optim.build import BUCKET_ELEMENTS, assign_owners, fused_of, state_bytes, with_rules
+    from glm.optim.build import BUCKET_ELEMENTS, assign_owners, cost, fused_of, with_rules
     from glm.optim.param_groups import param_groups
     from glm.optim.placement import placement
 
     layout, shape = recipe.layout, recipe.model
     stepped = with_rules(param_groups(named, recipe.optimizer))
     places = {parameter: placement(parameter) for _, parameter, _ in stepped}
-    owner = assign_owners(stepped, places, recipe.optimizer, fused_of(recipe.optimizer, shape))
-    held = _optimizer_bytes(recipe, {parameter: state_bytes(parameter, rule) for _, parameter, rule in stepped}, owner)
+    fused = fused_of(recipe.optimizer, shape)
+    owner = assign_owners(stepped, places, recipe.optimizer, fused)
+    costs = {item[1]: cost(item, places[item[1]], recipe.optimizer, fused) for item in stepped}
+    held = _on_each_rank(recipe, {parameter: one.bytes for parameter, one in costs.items()}, owner)
+    shards = {parameter: place.cut.group.size() if place.cut else 1 for parameter, place in places.items()}
+    worked = _on_each_rank(recipe, {parameter: one.flops // shards[parameter] for parameter, one in costs.items()}, owner)
     sizes = [parameter.numel() for _, parameter, rule in stepped if rule == "muon"]
     bucket = max([min(BUCKET_ELEMENTS, sum(sizes)), *sizes])    # nothing under AdamW alone
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers()]
@@ -69,12 +73,13 @@ def measure(recipe: ModelStageRecipe, chunks: list, named: list[tuple[str, torch
         largest_gradient_bytes=max((parameter.numel() * parameter.element_size() for _, parameter, _ in stepped), default=0),
         optimizer_bytes=max(held),
         least_optimizer_bytes=min(held),
+        muon_flops=max(worked),
         step_bytes=4 * (13 if layout.tp > 1 or layout.etp > 1 else 9) * bucket,
     )
 
 
-def _optimizer_bytes(recipe: ModelStageRecipe, sizes: dict[torch.nn.Parameter, int], owner: dict[torch.nn.Parameter, int]) -> list[int]:
-    """State kept by each rank of the stage. Owners count the copies of a parameter; a rank's number among the copies follows
+def _on_each_rank(recipe: ModelStageRecipe, sizes: dict[torch.nn.Parameter, int], owner: dict[torch.nn.Parameter, int]) -> list[int]:
+    """``sizes`` (bytes of state, operations) of what each rank of the stage owns. Owners count the copies of a parameter; a rank's number among the copies follows
     from megatron's order of ranks, tensor-parallel ones next to each other, then context- or expert-parallel, then data-parallel."""
     layout, ranks = recipe.layout, recipe.world_size // recipe.layout.pp
     dense, experts = layout.tp, layout.ep * layout.etp    # ranks that hold different parts

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from glm.optim.flops import newton_schulz_flops
 from glm.optim.grad_norm import squared_norm
 from glm.optim.muon import Fused, muon_flops, muon_updates, split_matrices
-from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz, newton_schulz_flops, polynomials
+from glm.optim.newton_schulz import COEFFICIENTS, newton_schulz, polynomials
 from glm.recipe.sections import Split
 from tests.optim.naive_muon import POLYNOMIALS, last_update, orthogonalised
 

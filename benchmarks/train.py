@@ -1,8 +1,9 @@
-"""One training step on this machine, side by side: our host path against transformers, same weights, same batch.
+"""Training on this machine: one step beside transformers, and a run with Muon beside the same run with AdamW.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py [--shapes 3m 29m tiny] [--repeats 12]
+    OMP_NUM_THREADS=1 python benchmarks/train.py step [--shapes 3m 29m tiny] [--repeats 12]
+    python benchmarks/train.py optimizers [--folder runs/30m] [--figure docs/muon.svg] [--skip-runs]
 
-Both sides run forward, backward, global-norm clip and optimizer in float32 on one thread, in turns (A B A B …); what counts
+step: our host path against transformers, same weights, same batch. Both sides run forward, backward, global-norm clip and optimizer in float32 on one thread, in turns (A B A B …); what counts
 is the smallest CPU time of each (user and system, so that other work on the machine does not). Ours is
 ``glm.train.step.Trainer`` as a stage uses it: megatron's GPTModel, DistributedDataParallel with its fp32 gradient buffers,
 schedule, and deterministic algorithms. Theirs is ``Glm4MoeForCausalLM`` with ``experts_implementation="grouped_mm"``, sdpa,
@@ -13,11 +14,16 @@ on both, over the same matrices. Loss and gradient norm of the first step must a
 
 The second table is the cost of MTP: our step with the MTP layer over the step without, and that over the ratio of
 ``glm.model.size.training_flops_per_token``. Balance loss and bias updates are on there, as in pretraining.
+
+optimizers: configs/glm45/30m.yaml twice, as it is and with ``optimizer: {name: adamw}`` at AdamW's own learning rate: same text in the same
+order, same initial weights, same held-out rows. Runs go on where they were stopped. Prints the validation losses at equal tokens and draws them.
 """
 
 import argparse
 import gc
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -27,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from glm.checkpoint.run_folder import RunFolder
+from glm.metrics.read import read_lines
 from glm.model.size import parameters, training_flops_per_token
 from glm.recipe.schema import TrainRecipe
 from glm.recipe.sections import Model, Muon
@@ -193,12 +201,7 @@ def mtp_cost(name: str, repeats: int) -> str:
     return f"| {name} | {batch[0]} x {batch[1]} | {measured:.3f} | {predicted:.3f} | {measured / predicted:.2f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--optimizers", nargs="+", choices=("adamw", "muon"), default=["adamw", "muon"])
-    parser.add_argument("--repeats", type=int, default=12, help="steps that count, of each side")
-    given = parser.parse_args()
+def step(given: argparse.Namespace) -> None:
     one_rank.start(SHAPES["tiny"], platform="host")
     torch.set_num_threads(1)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
@@ -212,6 +215,79 @@ def main() -> None:
     for name in given.shapes:
         print(mtp_cost(name, given.repeats), flush=True)
         gc.collect()
+
+
+RUNFILE = Path(__file__).parents[1] / "configs" / "glm45" / "30m.yaml"
+OPTIMIZERS = {
+    "Muon": (),
+    "AdamW": ("optimizer={name: adamw}", "pretrain_general.schedule.peak_lr=1.0e-3", "pretrain_general.schedule.final_lr=1.0e-4"),
+}
+"""What differs from the run file: the optimizer, and the learning rate that was best for it in short trials (docs/benchmarks.md)."""
+
+
+def validation_losses(folder: Path) -> dict[int, float]:
+    """{tokens seen: loss on held-out rows} of a run."""
+    tokens, losses = 0, {}
+    for line in read_lines(RunFolder(folder).metrics).records:
+        tokens = line.get("train/stage_tokens", tokens)
+        if "validation/loss" in line:
+            losses[tokens] = line["validation/loss"]
+    return losses
+
+
+def optimizers(given: argparse.Namespace) -> None:
+    folders = {name: given.folder / name.lower() for name in OPTIMIZERS}
+    for name, changes in OPTIMIZERS.items():
+        if not given.skip_runs:
+            command = [sys.executable, "-m", "glm.cli", "run", str(RUNFILE), f"run_folder={folders[name]}", *changes]
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit(f"the run with {name} failed; see above")
+    losses = {name: validation_losses(folder) for name, folder in folders.items()}
+    print("| tokens | " + " | ".join(losses) + " | difference |\n| ---: |" + " ---: |" * (len(losses) + 1))
+    for tokens in sorted(set.intersection(*map(set, losses.values()))):
+        muon, adamw = (losses[name][tokens] for name in OPTIMIZERS)
+        print(f"| {tokens:,} | {muon:.4f} | {adamw:.4f} | {muon - adamw:+.4f} |")
+    final = min(losses["AdamW"].values())
+    ahead = [tokens for tokens, loss in losses["Muon"].items() if loss <= final]
+    if ahead:
+        print(f"\nMuon has AdamW's best loss ({final:.4f}) after {min(ahead):,} tokens, AdamW after {max(losses['AdamW']):,}.")
+    draw(losses, given.figure)
+
+
+def draw(losses: dict[str, dict[int, float]], path: Path) -> None:
+    """The losses over tokens as an SVG without a date in it: the same runs give the same file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "glm", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+    for (name, curve), colour in zip(losses.items(), ("#1f5fbf", "#c0561a")):
+        axes.plot([tokens / 1000 for tokens in curve], list(curve.values()), marker="o", markersize=3, color=colour, label=name)
+    axes.set(xlabel="thousand tokens", ylabel="validation loss", title="30M sibling, same recipe, same text in the same order")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    print(f"\n{path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("step", help="one step beside transformers")
+    one.set_defaults(run=step)
+    one.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    one.add_argument("--optimizers", nargs="+", choices=("adamw", "muon"), default=["adamw", "muon"])
+    one.add_argument("--repeats", type=int, default=12, help="steps that count, of each side")
+    two = commands.add_parser("optimizers", help="a run with Muon beside one with AdamW")
+    two.set_defaults(run=optimizers)
+    two.add_argument("--folder", type=Path, default=Path("runs/30m"), help="where the two run folders are")
+    two.add_argument("--figure", type=Path, default=Path(__file__).parents[1] / "docs" / "muon.svg")
+    two.add_argument("--skip-runs", action="store_true", help="only read the run folders")
+    given = parser.parse_args()
+    given.run(given)
 
 
 if __name__ == "__main__":
