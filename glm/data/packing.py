@@ -57,10 +57,12 @@ class TruncatedRows:
         tokens = self.blocks.counts[order] @ np.array([self.separator, 1])
         return order, np.concatenate([[0], np.cumsum(tokens)])
 
-    def _order_documents(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """As ``_order_blocks``, of the documents of a block."""
+    def _order_documents(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The documents of a block in the order of an epoch: shard, first token in it, and where each begins in the stream of
+        the block, with the end of the last appended."""
         order = generator(*self._seed, epoch, block).permutation(self.blocks.documents(block))
-        return order, np.concatenate([[0], np.cumsum(self.corpus.lengths(order) + self.separator)])
+        shards, first, lengths = self.corpus.places(order)
+        return shards, first, np.concatenate([[0], np.cumsum(lengths + self.separator)])
 
     def _read(self, position: int, count: int) -> np.ndarray:
         """Tokens of the endless stream of epochs."""
@@ -69,16 +71,16 @@ class TruncatedRows:
         while done < count:
             epoch, within = divmod(position + done, self.epoch_tokens)
             blocks, block_starts = self._epoch(epoch)
-            at = int(np.searchsorted(block_starts, within, side="right")) - 1
-            documents, starts = self._documents(epoch, int(blocks[at]))
+            at = int(block_starts.searchsorted(within, side="right")) - 1
+            shards, first, starts = self._documents(epoch, int(blocks[at]))
             within -= int(block_starts[at])
             wanted = min(count - done, int(starts[-1]) - within)
-            first = int(np.searchsorted(starts, within, side="right")) - 1
-            end = int(np.searchsorted(starts, within + wanted))
-            place = starts[first : end + 1] - within  # of each document in what is wanted of the block
-            begin = np.maximum(0, -place[:-1])
-            stop = np.minimum(place[1:] - self.separator, wanted) - place[:-1]
-            self.corpus.read(documents[first:end], begin, np.maximum(begin, stop), tokens, done + place[:-1] + begin)
+            some = slice(int(starts.searchsorted(within, side="right")) - 1, int(starts.searchsorted(within + wanted)))
+            begin = starts[some] - within  # where each document begins in what is wanted, before it for the first
+            skipped = np.maximum(-begin, 0)
+            ends = np.minimum(starts[some.start + 1 : some.stop + 1] - within - self.separator, wanted)
+            lengths = np.maximum(ends - begin - skipped, 0)
+            self.corpus.read(shards[some], first[some] + skipped, lengths, tokens, done + begin + skipped)
             done += wanted
         return tokens
 
@@ -109,8 +111,9 @@ class Window:
     """Documents packed together. The pieces of row r are those from row_starts[r] to row_starts[r + 1]."""
 
     row_starts: np.ndarray
-    documents: np.ndarray
-    starts: np.ndarray
+    shards: np.ndarray
+    first: np.ndarray
+    """First token of each piece in its shard."""
     lengths: np.ndarray
 
 
@@ -148,10 +151,12 @@ class PackedRows:
         blocks = self._blocks[self._window_starts[window] : self._window_starts[window + 1]]
         documents = np.concatenate([self.blocks.documents(block) for block in blocks.tolist()])
         documents = generator(*self._seed, "window", window).permutation(documents)
-        document, start, length = cut_to_pieces(self.corpus.lengths(documents), self.sequence_length)
+        shards, first, lengths = self.corpus.places(documents)
+        document, start, length = cut_to_pieces(lengths, self.sequence_length)
         row, rows = best_fit(length, self.sequence_length)
         order = np.argsort(row, kind="stable")
-        return Window(np.searchsorted(row[order], np.arange(rows + 1)), documents[document[order]], start[order], length[order])
+        document = document[order]
+        return Window(np.searchsorted(row[order], np.arange(rows + 1)), shards[document], first[document] + start[order], length[order])
 
     def _order_windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The windows of an epoch and the first row of each, with the end of the last appended."""
@@ -168,26 +173,26 @@ class PackedRows:
         """(window, row within it): rows with large documents come first in a window, so rows are shuffled."""
         epoch, within = divmod(number, self.epoch_rows)
         windows, starts = self._epoch(epoch)
-        group = (int(np.searchsorted(starts, within, side="right")) - 1) // self.group
+        group = (int(starts.searchsorted(within, side="right")) - 1) // self.group
         first = int(starts[group * self.group])
         row = first + int(self._rows(epoch, group)[within - first])
-        at = int(np.searchsorted(starts, row, side="right")) - 1
+        at = int(starts.searchsorted(row, side="right")) - 1
         return self._window(int(windows[at])), row - int(starts[at])
 
     def row(self, number: int) -> Row:
         window, row = self._find(number)
         pieces = slice(*window.row_starts[row : row + 2].tolist())
-        documents, begin, lengths = window.documents[pieces], window.starts[pieces], window.lengths[pieces]
-        ends = np.cumsum(lengths)
+        shards, first, lengths = window.shards[pieces], window.first[pieces], window.lengths[pieces]
+        ends = lengths.cumsum()
         tokens = np.empty(ends[-1], dtype=np.int64)
-        self.corpus.read(documents, begin, begin + lengths, tokens, ends - lengths)
+        self.corpus.read(shards, first, lengths, tokens, ends - lengths)
         labels = np.empty_like(tokens)
         labels[:-1] = tokens[1:]
         labels[ends - 1] = 0
         mask = np.ones(len(tokens), np.float32)
         if self.assistant_only:  # the mask says which token is learned, the loss stands at the one before it
             learned = np.empty(len(tokens), np.float32)
-            self.corpus.read(documents, begin, begin + lengths, learned, ends - lengths, masks=True)
+            self.corpus.read(shards, first, lengths, learned, ends - lengths, masks=True)
             mask[:-1] = learned[1:]
         mask[ends - 1] = 0.0
         return Row(tokens, labels, mask, tuple(lengths.tolist()), self.source)
@@ -196,7 +201,7 @@ class PackedRows:
         """Tokens in rows 0 … rows - 1."""
         epoch, within = divmod(rows, self.epoch_rows)
         windows, starts = self._epoch(epoch)
-        group = (int(np.searchsorted(starts, within, side="right")) - 1) // self.group
+        group = (int(starts.searchsorted(within, side="right")) - 1) // self.group
         first = group * self.group
         whole = int(self.counts[windows[:first], 1].sum())
         if within == starts[first]:

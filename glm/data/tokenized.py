@@ -245,20 +245,23 @@ class TokenizedCorpus:
         shards = np.searchsorted(self.first_documents, documents, side="right") - 1
         return shards, documents - self.first_documents[shards]
 
-    def bounds(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shard, first token within it, end within it) of each document."""
+    def places(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard, first token within it, length) of each document."""
         shards, local = self._locate(documents)
-        first, end = np.empty((2, len(documents)), dtype=np.int64)
+        if len(self.shards) == 1:
+            offsets = self.shards[0].offsets
+            first = offsets[documents]
+            return shards, first, offsets[documents + 1] - first
+        first, lengths = np.empty((2, len(documents)), dtype=np.int64)
         for number in np.unique(shards).tolist():
-            here = slice(None) if len(self.shards) == 1 else shards == number
-            offsets = self.shards[number].offsets
-            first[here], end[here] = offsets[local[here]], offsets[local[here] + 1]
-        return shards, first, end
+            here, offsets = shards == number, self.shards[number].offsets
+            first[here] = offsets[local[here]]
+            lengths[here] = offsets[local[here] + 1] - first[here]
+        return shards, first, lengths
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """Tokens of each document."""
-        _, first, end = self.bounds(documents)
-        return end - first
+        return self.places(documents)[2]
 
     def held_out(self, documents: np.ndarray) -> np.ndarray:
         """Whether each document is for validation."""
@@ -269,16 +272,12 @@ class TokenizedCorpus:
             held_out[here] = self.shards[number].held_out[local[here]] != 0
         return held_out
 
-    def read(self, documents: np.ndarray, begin: np.ndarray, end: np.ndarray, out: np.ndarray, places: np.ndarray, *,
+    def read(self, shards: np.ndarray, first: np.ndarray, lengths: np.ndarray, out: np.ndarray, at: np.ndarray, *,
              masks: bool = False) -> None:
-        """Copies tokens begin[i] … end[i] - 1 of each document (or their masks) to out[places[i]] and on."""
-        shards, first, _ = self.bounds(documents)
-        ends = places + end - begin
-        for number, source, stop, place, until in zip(
-            shards.tolist(), (first + begin).tolist(), (first + end).tolist(), places.tolist(), ends.tolist()
-        ):
-            shard = self.shards[number]
-            out[place:until] = (shard.mask if masks else shard.tokens)[source:stop]
+        """Copies lengths[i] tokens (or their masks) of shards[i] from first[i] on to out[at[i]] and on."""
+        arrays = [shard.mask if masks else shard.tokens for shard in self.shards]
+        for shard, begin, length, place in zip(shards.tolist(), first.tolist(), lengths.tolist(), at.tolist()):
+            out[place : place + length] = arrays[shard][begin : begin + length]
 
     @property
     def training_documents(self) -> np.ndarray:
