@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("runfile", metavar="RUNFILE")
     run.add_argument("words", nargs="*", metavar="STAGE|KEY=VALUE", help="only these stages; recipe keys to change")
-    run.add_argument("--dry-run", action="store_true", help="print what would run, and the command line of each stage")
+    run.add_argument("--dry-run", action="store_true", help="print the torchrun line of each stage, a Slurm job, its submission and a requeue loop")
+    run.add_argument("--write", action="store_true", help="with --dry-run: write these scripts to RUN/launch")
 
     show = verb("show", _show, "the resolved recipe of a stage, with the origin of each value", "glm show configs/glm45/air.yaml pretrain_general")
     show.add_argument("runfile", metavar="RUNFILE")
@@ -90,9 +91,6 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _run(options: argparse.Namespace) -> int:
     import signal
-    from pathlib import Path
-
-    from glm.launch.cluster import command_line, head_line
     from glm.launch.local import Interrupted
     from glm.launch.signals import Requeued
     from glm.launch.stages import run_stages, select
@@ -101,13 +99,8 @@ def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job inherits a SIGINT that is ignored
     stages, changes = split_words(options.words)
     run = load_run(options.runfile, changes)
-    if options.dry_run:
-        print("glm run: the recipe.json files named below are written by `glm run`, each when its stage starts", file=sys.stderr)
-        if any(recipe.launcher.kind == "slurm" for recipe in run.stages.values()):
-            print(head_line())
-        for stage in select(run, stages):
-            print(command_line(run.stages[stage], Path(run.run_folder) / "stages" / stage / "recipe.json"))
-        return 0
+    if options.dry_run or options.write:
+        return _print_scripts(run, select(run, stages), changes, write=options.write)
     try:
         run_stages(run, stages, say=lambda text: print(f"glm run: {text}", flush=True))
     except Interrupted as stage:
@@ -118,6 +111,25 @@ def _run(options: argparse.Namespace) -> int:
         print(f"glm run: {stopped.stage}: asked to stop: {how}; the same command continues", file=sys.stderr)
         return REQUEUE_CODE
     return _write_report(run.run_folder)
+
+
+def _print_scripts(run, stages: list[str], changes: list[str], *, write: bool) -> int:
+    """A dry run: what would start the stages. Nothing is written unless ``write``, and then nothing but the scripts."""
+    from pathlib import Path
+
+    from glm.checkpoint.run_folder import write_atomically
+    from glm.launch.scripts import FOLDER, ranks_by_hand, scripts
+
+    print("glm run: the recipe.json files named below are written by `glm run`, each when its stage starts", file=sys.stderr)
+    folder = Path(run.run_folder) / FOLDER
+    print(f"# ---- the ranks of each stage, by hand ----\n{ranks_by_hand(run, stages)}")
+    for name, text in scripts(run, stages, changes).items():
+        print(f"# ---- {folder / name} ----\n{text}")
+        if write:
+            write_atomically(folder / name, text)
+            (folder / name).chmod(0o755)
+            print(f"glm run: {folder / name}", file=sys.stderr)
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -25,7 +25,8 @@ def command_line(recipe: StageRecipe, recipe_file: Path) -> str:
         return prefix + shlex.join([*torchrun, "-m", "glm.rank", str(recipe_file)])
     # HEAD is a variable of the shell: the first node of the allocation, known only there.
     rendezvous = f'--rdzv-backend=c10d --rdzv-id={shlex.quote(recipe.stage)} --rdzv-endpoint="$HEAD:{RENDEZVOUS_PORT}"'
-    srun = ["srun", f"--nodes={launcher.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *torchrun]
+    threads = f"--cpus-per-task={launcher.ranks_per_node * launcher.threads_per_rank}"    # srun does not take it from the job
+    srun = ["srun", f"--nodes={launcher.nodes}", "--ntasks-per-node=1", threads, "--kill-on-bad-exit=1", *torchrun]
     return f"{prefix}{shlex.join(srun)} {rendezvous} {shlex.join(['-m', 'glm.rank', str(recipe_file)])}"
 
 
