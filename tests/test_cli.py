@@ -17,6 +17,7 @@ import pytest
 from glm.doctor import GIB, enough, judge_memory, judge_package, judge_shm, limited
 from glm.errors import explain_os_error
 from glm.platform.versions import BREAKS, OPTIONAL, PINNED, PLATFORM_TORCH
+from glm.recipe.compose import load_run
 
 ROOT = Path(__file__).parents[1]
 TINY = "configs/glm45/tiny.yaml"
@@ -132,14 +133,16 @@ def test_check_reads_all_files_and_names_every_wrong_one(tmp_path):
 
 def test_dry_run_prints_one_torchrun_line_a_stage_and_writes_nothing(tmp_path):
     done = glm("run", TINY, "--dry-run", f"run_folder={tmp_path / 'r'}")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 10 and not (tmp_path / "r").exists()
+    by_hand = [line for line in done.stdout.splitlines() if "torchrun " in line]
+    assert done.returncode == 0 and len(by_hand) == len(load_run(ROOT / TINY).stages) and not (tmp_path / "r").exists()
     assert "written by `glm run`" in done.stderr
     assert f"torchrun --nnodes=1 --nproc-per-node=2 -m glm.rank {tmp_path}/r/stages/rl_reasoning/recipe.json" in done.stdout
 
 
 def test_dry_run_quotes_for_a_shell(tmp_path):
     done = glm("run", TINY, "chat", "--dry-run", f"run_folder={tmp_path / 'my runs'}")
-    assert shlex.split(done.stdout)[-1] == str(tmp_path / "my runs" / "stages" / "chat" / "recipe.json")
+    line = next(line for line in done.stdout.splitlines() if "torchrun " in line)
+    assert shlex.split(line)[-1] == str(tmp_path / "my runs" / "stages" / "chat" / "recipe.json")
 
 
 def test_options_and_words_come_in_any_order_and_an_unknown_option_is_refused():
@@ -155,8 +158,6 @@ def test_every_stage_of_the_tiny_run_has_an_executable_script_that_names_it():
     for script in scripts:
         assert os.access(script, os.X_OK), script
         stages += re.findall(r'exec "\$glm" run "\$runfile" (\w+) "\$@"', script.read_text())
-    from glm.recipe.compose import load_run
-
     assert sorted(stages) == sorted(load_run(ROOT / TINY).stages)
     for words in (["seed=3"], ["configs/glm45/tiny.yaml", "seed=3"]):
         done = subprocess.run(["posttrain/rl_reasoning.sh", *words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)

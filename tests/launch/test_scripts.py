@@ -41,7 +41,8 @@ def test_the_scripts_of_every_run_file_are_correct_for_a_shell_also_where_names_
     written = []
     for path in RUN_FILES:
         run = dataclasses.replace(load_run(path), run_folder=tmp_path / path.stem / "John's run")
-        texts = scripts(run, list(run.stages), ["data.documents=/my texts"]) | {"ranks.sh": "#!/usr/bin/env bash\n" + ranks_by_hand(run, list(run.stages))}
+        by_hand = {"ranks.sh": "#!/usr/bin/env bash\n" + ranks_by_hand(run, list(run.stages))}
+        texts = scripts(run, list(run.stages), ["data.documents=/my texts"]) | by_hand
         for name, text in texts.items():
             written.append(tmp_path / path.stem / name)
             written[-1].parent.mkdir(exist_ok=True)
@@ -152,6 +153,44 @@ def test_a_stage_that_fails_while_it_should_save_is_not_queued_again(tmp_path, s
     job.send_signal(signal.SIGUSR1)
     job.communicate(timeout=30)
     assert (job.returncode, slurm()) == (1, [])
+
+
+ALONE = """model: tiny
+hardware: host
+launcher: {kind: slurm, nodes: 2, ranks_per_node: 1, grace_seconds: 20, max_restarts: 0}
+stages: {pretrain_general: {sequence_length: 64}}
+"""
+SRUN = """trap '' TERM
+echo ready >> {0}/log
+until [ -e {1}/stop ]; do [ ! -e {0}/fail ] || exit 1; sleep 0.05; done
+echo saved >> {0}/log
+echo {{}} > {1}/requeue.json
+exit 1"""
+
+
+@pytest.mark.parametrize("how", ["USR1", "a rank fails"])
+def test_glm_run_inside_a_job_asks_srun_s_ranks_to_save_and_only_then_the_job_is_queued_again(tmp_path, slurm, monkeypatch, how):
+    """All of it but Slurm: the job's script, `glm run`, its supervisor. srun and torchrun keep no exit codes, so the stand-in keeps none."""
+    for axis in ("model", "stage", "hardware", "mixture"):
+        (tmp_path / axis).symlink_to(CONFIGS / axis)
+    (tmp_path / "one.yaml").write_text(ALONE)
+    run = load_run(tmp_path / "one.yaml", [f"run_folder={tmp_path / 'run'}"])
+    (tmp_path / "bin" / "srun").write_text("#!/usr/bin/env bash\n" + SRUN.format(tmp_path, tmp_path / "run/stages/pretrain_general") + "\n")
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    job = start(tmp_path, scripts(run, list(run.stages), [f"run_folder={tmp_path / 'run'}"])[JOB], "pretrain_general")
+    until_started(tmp_path)
+    if how == "USR1":
+        job.send_signal(signal.SIGUSR1)
+    else:
+        (tmp_path / "fail").touch()
+    told = job.communicate(timeout=60)[1]
+    queued = [call for call in slurm() if call.startswith("scontrol requeue")]
+    if how == "USR1":
+        assert (job.returncode, queued, log(tmp_path)) == (75, ["scontrol requeue 4711"], ["ready", "saved"]), told
+    else:
+        assert job.returncode == 2 and queued == [] and "srun ended with code 1" in told
 
 
 @pytest.mark.parametrize("codes, runs, end", [([75, 75, 0], 3, 0), ([1], 1, 1), ([75, 2], 2, 2)])
