@@ -13,7 +13,7 @@ from glm.metrics.read import read_lines
 
 RUNFILE = Path(__file__).parents[1] / "configs" / "glm45" / "tiny.yaml"
 STAGES = (
-    "tokenizer", "pretrain_general", "pretrain_code_reasoning", "midtrain_repo_code", "midtrain_reasoning",
+    "tokenizer", "pretrain_general", "pretrain_code_reasoning", "prepare_midtrain", "midtrain_repo_code", "midtrain_reasoning",
     "midtrain_long_context", "sft_cold_start", "rl_reasoning",
 )
 STAGE = "rl_reasoning"

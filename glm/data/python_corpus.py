@@ -107,14 +107,19 @@ def code() -> Iterator[tuple[str, str]]:
             yield path.name, text
 
 
-def repositories() -> Iterator[tuple[str, str]]:
+def package_folders() -> list[Path]:
+    """The standard library's packages."""
     library = Path(sysconfig.get_path("stdlib"))
-    packages = sorted(
+    names = sorted(
         entry.name for entry in pkgutil.iter_modules([str(library)])
         if entry.ispkg and entry.name not in NOT_SOURCE | NOT_REPOSITORIES
     )
-    for package in packages:
-        texts = {path.relative_to(library).as_posix(): _read(path) for path in _python_files(library / package)}
+    return [library / name for name in names]
+
+
+def repositories() -> Iterator[tuple[str, str]]:
+    for folder in package_folders():
+        texts = {path.relative_to(folder.parent).as_posix(): _read(path) for path in _python_files(folder)}
         sources = {path: text for path, text in texts.items() if text}
         if sources:
-            yield package, repository_text(package, sources)
+            yield folder.name, repository_text(folder.name, sources)

@@ -221,11 +221,21 @@ def _apply(change: Override, drafts: dict[str, Placed], kinds: dict[str, type[St
     if key in FILLED_IN or key == "main" or (key == "model" and stage):
         raise RecipeError(change.origin, f"`{key}` of a stage", "a key of its sections", "set it in the run file")
     chosen = [stage] if stage else [name for name, kind in kinds.items() if key in field_types(kind)]
+    placed = change.nested(stage)
+    if not stage:    # a key inside a section that only some kinds of stage have is for those
+        chosen = [name for name in chosen if _has_keys(kinds[name], placed, drafts[name])] or chosen
     for name in chosen:
-        placed = change.nested(stage)
         everywhere = not stage and not issubclass(kinds[name], ModelStageRecipe)
         drafts[name] = merge(drafts[name], _one_rank(placed) if everywhere else placed)
         check_keys(kinds[name], drafts[name])
+
+
+def _has_keys(kind: type[StageRecipe], placed: Placed, draft: Placed) -> bool:
+    try:
+        check_keys(kind, merge(draft, placed))
+    except RecipeError:
+        return False
+    return True
 
 
 def _with_paths(draft: Placed) -> Placed:

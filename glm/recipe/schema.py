@@ -2,14 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from glm.recipe.midtrain import AgentCorpus, LongCorpus, ReasoningCorpus, RepositoryCorpus
 from glm.recipe.raw import Deduplicate, RawData, RawSource, Semantic
 from glm.recipe.sections import (
     AdamWAlone, Batch, Checkpoint, Data, Device, Engine, Evaluation, Guard, Kernels, Launcher, Layout, Logging, Losses, Model, Muon, Precision,
     Reinforcement, Rollout, Router, Schedule, Section, Tokenizer, Validation,
 )
 from glm.recipe.units import PositiveCount
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+"""Of a corpus."""
 
 
 class StageRecipe(Section):
@@ -81,6 +86,35 @@ class PrepareRecipe(PreparingRecipe):
         return tuple(self.sources)
 
 
+class MidtrainPrepareRecipe(PreparingRecipe):
+    """midtrain.prepare: repositories, reasoning, long texts and agents' trajectories to tokenized corpora, by name and kind."""
+
+    data: RawData = RawData()
+    repositories: dict[Name, RepositoryCorpus] = {}
+    reasoning: dict[Name, ReasoningCorpus] = {}
+    long_documents: dict[Name, LongCorpus] = {}
+    agents: dict[Name, AgentCorpus] = {}
+    broken_limit: Annotated[int, Field(ge=0)] = 100
+    """Records of one corpus that may be unreadable; they are counted and skipped, one more is an error."""
+
+    @property
+    def corpora(self) -> dict[str, RepositoryCorpus | ReasoningCorpus | LongCorpus | AgentCorpus]:
+        return {**self.repositories, **self.reasoning, **self.long_documents, **self.agents}
+
+    @property
+    def prepares(self) -> tuple[str, ...]:
+        return tuple(self.corpora)
+
+    @model_validator(mode="after")
+    def _names_its_corpora(self):
+        given = [name for kind in (self.repositories, self.reasoning, self.long_documents, self.agents) for name in kind]
+        if not given:
+            raise ValueError("a corpus under repositories, reasoning, long_documents or agents")
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ValueError(f"corpora of different names, not {', '.join(twice)} twice")
+        return self
+
+
 class ModelStageRecipe(StageRecipe):
     """A stage that trains weights."""
 
@@ -142,6 +176,7 @@ RECIPE_OF_MAIN: dict[str, type[StageRecipe]] = {
     "pretrain.tokenizer": TokenizerRecipe,
     "pretrain.prepare": PrepareRecipe,
     "pretrain.train": TrainRecipe,
+    "midtrain.prepare": MidtrainPrepareRecipe,
     "midtrain.train": TrainRecipe,
     "posttrain.sft": TrainRecipe,
     "posttrain.rl": RLRecipe,

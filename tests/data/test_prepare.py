@@ -15,6 +15,10 @@ from glm.tokenizer import load_tokenizer, token_id
 from glm.tokenizer.special_tokens import END_OF_TEXT, USER
 
 
+BUILT_IN = {name: Source(corpus=name, share=0.5) for name in ("repositories", "dialogues")}
+"""Instead of what a prepare stage would have to make first."""
+
+
 @pytest.fixture
 def library(tmp_path):
     """300 text files with words of their own."""
@@ -55,7 +59,7 @@ def test_rows_hold_the_stages_proportions_and_validation_is_apart(tiny_stages, r
 
 def test_rows_are_the_same_however_they_are_asked_for(tiny_stages, run_folder, library):
     for name in ("pretrain_code_reasoning", "midtrain_repo_code"):
-        recipe = stage(tiny_stages, name, documents=str(library))
+        recipe = stage(tiny_stages, name, documents=str(library), **({"sources": BUILT_IN} if name == "midtrain_repo_code" else {}))
         prepare(recipe, run_folder)
         whole = Batches(recipe, run_folder).rows(3, 12)
         pieces = Batches(recipe, run_folder)
@@ -121,7 +125,7 @@ def test_prepared_data_is_used_again_and_shared_by_stages(tiny_stages, run_folde
     bins = {path: path.stat().st_mtime_ns for path in run_folder.data.glob("*.bin")}
     assert len(bins) == 1  # prose and code are the user's documents, tokenized once
     prepare(first, run_folder)
-    prepare(stage(tiny_stages, "midtrain_repo_code", documents=str(library)), run_folder)
+    prepare(stage(tiny_stages, "midtrain_repo_code", documents=str(library), sources=BUILT_IN), run_folder)
     assert bins.items() <= {path: path.stat().st_mtime_ns for path in run_folder.data.glob("*.bin")}.items()
     report = json.loads((run_folder.data / "report.json").read_text())
     assert report["pretrain_general"]["prose"]["documents"] + report["pretrain_general"]["prose"]["validation_documents"] == 300
