@@ -1,6 +1,7 @@
 """What a scheduler says to `glm run`, and how a stage that obeyed ends."""
 
 import signal
+import time
 from contextlib import ExitStack
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -20,6 +21,12 @@ class StopSignals:
 
     def __exit__(self, *_) -> None:
         self._stack.close()
+
+    def sleep(self, seconds: float) -> None:
+        """Less when asked."""
+        deadline = time.monotonic() + seconds
+        while self.asked is None and time.monotonic() < deadline:
+            time.sleep(min(0.2, seconds))
 
     def _note(self, number: int, frame) -> None:
         self.asked = signal.Signals(number).name

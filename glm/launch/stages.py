@@ -73,6 +73,8 @@ def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str, command
         left.unlink(missing_ok=True)
 
     def start(attempt: int) -> None:
+        if stop.asked:
+            raise Requeued(stage, saved=True)
         if on_cluster(recipe):
             run_on_cluster(recipe, folder.recipe(stage), stop)
         else:
@@ -81,7 +83,7 @@ def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str, command
                 threads_per_rank=recipe.launcher.threads_per_rank, grace_seconds=recipe.launcher.grace_seconds,
             )
 
-    supervise(start, recipe, folder, say)
+    supervise(start, recipe, folder, say, stop.sleep)
 
 
 def started_file(folder: RunFolder, stage: str) -> Path:

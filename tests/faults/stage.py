@@ -36,13 +36,14 @@ def copy_of(folder: Path, name: str, up_to: int | None = None) -> Path:
     """The run again, its stage reopened; with ``up_to`` as it stood after that step (0: before the stage)."""
     copy = folder.parent / name
     shutil.copytree(folder, copy)
-    for left in ("done.json", *([] if up_to else ["skipped.jsonl", "rollbacks.json", "restarts.jsonl"])):
-        (copy / "stages" / STAGE / left).unlink(missing_ok=True)
+    if up_to == 0:
+        (copy / "metrics.jsonl").unlink()
+        shutil.rmtree(copy / "stages" / STAGE)
+        return copy
+    (copy / "stages" / STAGE / "done.json").unlink()
     for checkpoint in (copy / "stages" / STAGE / "checkpoints").glob("step_*"):
         if up_to is not None and int(checkpoint.name.removeprefix("step_")) > up_to:
             shutil.rmtree(checkpoint)
-    if up_to == 0:
-        (copy / "metrics.jsonl").unlink()
     return copy
 
 

@@ -6,14 +6,14 @@ import time
 import pytest
 
 from glm.errors import REQUEUE_CODE
-from tests.faults.stage import SIX_STEPS, STAGE, TWO_RANKS, copy_of, numbers, weights
+from tests.faults.stage import SIX_STEPS, STAGE, copy_of, numbers, weights
 from tests.runs import TINY, glm, processes_of, started
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
 def test_a_run_asked_to_stop_saves_its_step_and_the_same_command_finishes_it_bit_for_bit(undisturbed, number):
     folder = copy_of(undisturbed, f"requeued_{number}", up_to=0)
-    settings = {change.split("=")[0]: change for change in (*SIX_STEPS, f"{STAGE}.checkpoint={{every_steps: 0}}", *TWO_RANKS)}
+    settings = {change.split("=")[0]: change for change in (*SIX_STEPS, f"{STAGE}.checkpoint={{every_steps: 0}}")}
     words = ("tokenizer", STAGE, *settings.values())
     process = started(folder, *words)
     deadline = time.monotonic() + 240

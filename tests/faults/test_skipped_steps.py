@@ -54,8 +54,8 @@ ONE_EACH = {"poisoned": {str(2 * ROWS + 3): "nan", str(4 * ROWS + 1): "1e4"}}
 
 
 @pytest.fixture(scope="module")
-def skipped(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("skipped") / "run"
+def skipped(undisturbed):
+    folder = copy_of(undisturbed, "skipped", up_to=0)
     run(folder, SPIKES, faults=ONE_EACH)
     return folder
 
@@ -100,6 +100,7 @@ def test_too_many_skipped_steps_go_back_leave_their_data_out_and_go_on(skipped, 
     assert numbers(again) == told and weights(again, 6) == weights(folder, 6), "the rows are left out after a resume too"
 
 
+@pytest.mark.full
 def test_a_stage_that_went_back_too_often_stops_with_the_reason(skipped):
     folder = copy_of(skipped, "too_often", up_to=2)
     (folder / "stages" / STAGE / "started.json").unlink()
