@@ -1,10 +1,12 @@
 """What ``glm check`` prints: whether run files are valid, and what they amount to."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
+from glm.data.budget import SourceBudget, stage_budgets, totals
 from glm.errors import RecipeError, UserError
 from glm.model.size import kv_bytes_per_token, parameters, training_flops_per_token
 from glm.optim.flops import step_flops
@@ -21,7 +23,8 @@ LENGTHS = (4096, 32_768, 131_072)
 
 
 def check_runs(files: list[str], changes: list[str], *, as_json: bool) -> int:
-    """Reads every run file and prints what it amounts to. All are read; 2 if one is not valid, 1 if a stage does not fit its devices."""
+    """Reads every run file and prints what it amounts to. All are read; 2 if one is not valid, 1 if a stage does not fit its devices
+    or would read a source more often than it may."""
     files = files or [str(path) for path in sorted(_configs().glob("*.yaml"))]
     runs, wrong = [], []
     for file in files:
@@ -36,13 +39,17 @@ def check_runs(files: list[str], changes: list[str], *, as_json: bool) -> int:
         built = {stage: next(states) for stage in recipes}
         memory = {stage: _memory(recipe, built[stage]) for stage, recipe in recipes.items()}
         full = full or any(entry["fits"] is False for entry in memory.values())
-        summary = summarize(run) | {"memory": memory, "muon": {stage: muon_share(recipe, built[stage]) for stage, recipe in recipes.items()}}
+        budgets = [budget for recipe in recipes.values() if isinstance(recipe, TrainRecipe) for budget in stage_budgets(recipe)]
+        full = full or any(budget.is_over for budget in budgets)
+        data = [asdict(budget) | {"epochs": budget.epochs, "is_over": budget.is_over} for budget in budgets]
+        summary = summarize(run) | {"memory": memory, "data": data, "muon": {stage: muon_share(recipe, built[stage]) for stage, recipe in recipes.items()}}
         if as_json:
             print(json.dumps(summary))
         else:
             _print_summary(summary)
             print_muon(summary["muon"])
             print_memory(memory)
+            print_budgets(budgets)
     if len(wrong) == 1:
         raise wrong[0]
     if wrong:
@@ -194,6 +201,32 @@ def print_memory(memory: dict[str, dict]) -> None:
             f"{stage} does not fit: {fullest['total_bytes'] / 1e9:.1f} GB on pipeline stage {fullest['pipeline_rank']}, "
             f"{entry['room_bytes'] / 1e9:.1f} GB free on {entry['device']}; {todo}", highlight=False, soft_wrap=True,
         )
+
+
+def print_budgets(budgets: list[SourceBudget]) -> None:
+    """One row a stage and source, then a line for each source that is read too often."""
+    table = Table(
+        "stage", "source", "corpus", "tokens asked", "tokens there", "epochs", "at most",
+        title="data: what the mixtures ask for, and what there is", title_justify="left",
+    )
+    for budget in budgets:
+        epochs = "" if budget.epochs is None else f"{budget.epochs:.2f}"
+        table.add_row(
+            budget.stage, budget.source, budget.corpus, short(budget.asked),
+            "not prepared yet" if budget.there is None else short(budget.there),
+            f"[bold red]{epochs}[/]" if budget.is_over else epochs, "" if budget.at_most is None else f"{budget.at_most:g}",
+        )
+    out = console()
+    out.print(table)
+    for corpus, epochs in totals(budgets).items():
+        out.print(f"{corpus} is read {epochs:.2f} times over all stages", highlight=False, soft_wrap=True)
+    for budget in budgets:
+        if budget.is_over:
+            out.print(
+                f"{budget.stage} reads source {budget.source} {budget.epochs:.2f} times, at most {budget.at_most:g} are allowed: it has "
+                f"{short(budget.there)} tokens and would need {short(budget.least)}; lower its share or the stage's tokens, or give more documents",
+                highlight=False, soft_wrap=True,
+            )
 
 
 def _configs() -> Path:
