@@ -20,6 +20,7 @@ from glm.train.losses import LossByPart
 from glm.train.metrics import StepMetrics, validation_metrics
 from glm.train.plan import count_steps, plan_step, whole_micro_batches
 from glm.train.resume import Replay, StageCheckpoints
+from glm.train.separation import check_documents_apart
 from glm.train.setbacks import Setbacks
 from glm.train.step import Trainer
 from glm.train.stop import StopRequest
@@ -44,6 +45,10 @@ def train(recipe: TrainRecipe) -> None:
     progress = resumed.progress
     setbacks.resume(progress)
     total = count_steps(recipe)
+    if recipe.data.packing == "best_fit":
+        shown = check_documents_apart(trainer)
+        if runtime.is_first:
+            print(shown, flush=True)
     if runtime.is_first and progress.step == 0 and (recipe.parent is None or recipe.schedule.clock == "stage"):
         print(trainer.optimizer.table, flush=True)
 
