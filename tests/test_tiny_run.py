@@ -11,7 +11,7 @@ from tests.runs import TINY, glm, metrics, processes_of, started
 
 LAYOUTS = (
     "pretrain_code_reasoning.layout.tp=2", "midtrain_repo_code.layout={pp: 2, ep: 1}", "midtrain_reasoning.layout.cp=2",
-    "midtrain_long_context.layout={pp: 2, vpp: 2, ep: 1}", "sft_cold_start.layout.cp=2", "rl_reasoning.layout={tp: 2, ep: 1, etp: 2}",
+    "midtrain_long_context.layout={pp: 2, vpp: 2, ep: 1, cp: 1}", "sft_cold_start.layout.cp=2", "rl_reasoning.layout={tp: 2, ep: 1, etp: 2}",
 )
 """Two ranks divided otherwise at every stage: each continues from a checkpoint of another layout."""
 SHORTENED = (
