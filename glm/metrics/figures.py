@@ -77,8 +77,11 @@ def curves(lines: Sequence[Curve], *, y_label: str, x_label: str = "step", log: 
     return _svg(figure)
 
 
-def heat_maps(panels: Sequence[tuple[str, np.ndarray]], x: Sequence[float], *, x_label: str) -> str:
-    """One panel under the other, each [time, expert]: load over the even share, 1 is balanced. ``x`` is the time of the rows."""
+def heat_maps(
+    panels: Sequence[tuple[str, np.ndarray]], x: Sequence[float], *, x_label: str, limits: tuple[float, float] = (0, 2), colors: str = "RdBu_r",
+) -> str:
+    """One panel under the other, each [time, row]. ``x``: the time of each; ``limits``: the values of the first and the last colour,
+    by default those of a load over the even share, of which 1 is balanced."""
     figure, all_axes = _figure(0.5 + 0.95 * len(panels), rows=len(panels), width=_WIDE)
     for axes, (label, loads) in zip(np.atleast_1d(all_axes), panels, strict=True):
         parts = np.array_split(np.arange(len(loads)), min(len(loads), 200))
@@ -87,7 +90,7 @@ def heat_maps(panels: Sequence[tuple[str, np.ndarray]], x: Sequence[float], *, x
         edges = np.maximum.accumulate(edges + np.arange(len(edges)) * 1e-9)
         if len(edges) == 2 and edges[0] >= edges[1] - 1e-6:
             edges[1] = edges[0] + 1
-        image = axes.pcolormesh(edges, np.arange(cells.shape[1] + 1), cells.T, cmap="RdBu_r", vmin=0, vmax=2, rasterized=True)
+        image = axes.pcolormesh(edges, np.arange(cells.shape[1] + 1), cells.T, cmap=colors, vmin=limits[0], vmax=limits[1], rasterized=True)
         axes.set_ylabel(label)
         axes.grid(False)
     _finish_x(np.atleast_1d(all_axes)[-1], x_label)

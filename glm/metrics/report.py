@@ -5,7 +5,6 @@ A run that is only partly done gives a page with what there is; what is not ther
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,10 @@ from glm.metrics import goodput, page
 from glm.metrics.console import short_count
 from glm.metrics.figures import PALETTE, Curve, curves, heat_maps, smoothed
 from glm.metrics.read import RunMetrics, StageMetrics, read_lines, read_run
+from glm.metrics.report_layers import layer_figures
+from glm.metrics.report_parts import part_figures
 from glm.metrics.report_rl import rl_parts
+from glm.metrics.stage import Stage
 
 _MAX_LAYERS_SHOWN = 6
 _SAMPLES_SHOWN = 8
@@ -26,33 +28,12 @@ _TRAINING_FIGURES = (  # metric, line kind, axis label, caption
     ("train/tokens", "steps", "tokens a step", "Batch size."),
     ("train/grad_norm", "smooth", "gradient norm", "Gradient norm before clipping."),
     ("train/tokens_per_second", "smooth", "tokens a second", "Throughput of all ranks."),
+    ("train/tflops", "smooth", "TFLOP/s", "Operations of a rank and second: forward and backward, recomputation not counted."),
+    ("train/mfu", "smooth", "MFU", "Share of the peak the hardware file declares."),
+    ("mtp/accuracy", "smooth", "share", "Tokens that were the MTP layer's first choice."),
     ("train/mtp_weight", "steps", "MTP weight", "Weight of the MTP loss."),
     ("train/bias_update_rate", "steps", "bias update rate", "Step of the router bias."),
 )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the report knows of one stage. ``offset`` moves its token counts behind those of the stage before."""
-
-    name: str
-    metrics: StageMetrics
-    recipe: dict
-    done: bool
-    color: str
-    offset: float = 0.0
-
-    @property
-    def is_training(self) -> bool:
-        return bool(self.metrics.having("train/loss"))
-
-    def on_run_tokens(self, name: str) -> tuple[list[float], list[float]]:
-        """(run tokens, values) of a metric; lines that carry no token count take that of their step."""
-        steps, tokens = self.metrics.series("train/run_tokens")
-        at, values = self.metrics.series(name)
-        if not steps:
-            return at, values
-        return list(np.interp(at, steps, tokens) + self.offset), values
 
 
 def write_report(run_folder: Path) -> Path:
@@ -69,7 +50,9 @@ def write_report(run_folder: Path) -> Path:
         f"<h1>{page.text(name)}</h1>", page.sentence(_subtitle(stages)), page.cards(_facts(stages)),
         page.section("Stages", _summary(stages), *_goodput(folder, stages)),
         page.section("Training", *_training(training)),
+        page.section("Sources, positions, time", *part_figures(training)),
         page.section("Expert load", *_expert_load(training)),
+        page.section("Layers", *layer_figures(training)),
         page.section("Reinforcement learning", *rl_parts([(stage.name, stage.metrics, stage.recipe) for stage in stages])),
         page.section("Samples", *_samples(folder, stages)),
         page.section("Recipes", *_recipes(stages)),
@@ -196,7 +179,10 @@ def _expert_load(stages: list[Stage]) -> list[str]:
         svg = heat_maps([(f"MoE layer {layer + 1}", over_time[:, layer]) for layer in layers], x, x_label="run tokens")
         drawn.append(page.figure(
             svg, "Share of tokens of an expert times the number of experts: white is even, red more, blue less.", True))
-    for name, words in (("balance/max_over_mean", "busiest expert over the mean"), ("balance/bias_max", "largest router bias")):
+    for name, words in (
+        ("balance/max_over_mean", "busiest expert over the mean"), ("balance/worst_violation", "largest MaxVio of a layer"),
+        ("balance/dead_experts", "experts without a token for long"), ("balance/bias_max", "largest router bias"),
+    ):
         lines = [Curve(stage.name, *stage.on_run_tokens(name), stage.color) for stage in stages if stage.metrics.having(name)]
         if lines:
             drawn.append(page.figure(curves(lines, y_label=words, x_label="run tokens", legend=False), words.capitalize() + "."))

@@ -29,7 +29,10 @@ def write_training_stage(root: Path, stage: str, *, steps: int, first_token: int
                 "train/stage_tokens": tokens - first_token, "train/mtp_weight": 0.3 if step < steps * 0.7 else 0.1,
                 "train/bias_update_rate": 1e-3, "train/tokens_per_second": 9000 + rng.gauss(0, 300), "train/step_seconds": 0.2,
                 "balance/max_over_mean": 8 * max(max(layer) for layer in loads), "balance/bias_max": 1e-3 * step,
-                "balance/load": loads,
+                "balance/load": loads, "balance/max_violation": [8 * max(layer) - 1 for layer in loads],
+                "source/loss/prose": loss + 0.1, "source/loss/code": loss - 0.1, "position/loss/2048": loss, "position/loss/4096": loss - 0.05,
+                "attention/max_logit": [4.0, 5.0, 6.0, None], "update/by_layer/experts": [None, 0.2, 0.2, 0.2], "mtp/accuracy": 0.4,
+                "phase/data_seconds": 0.01, "phase/forward_backward_seconds": 0.15, "phase/optimizer_seconds": 0.04,
             })
             if step % max(1, steps // 4) == 0:
                 log.line(step, {"validation/loss": loss + 0.1})

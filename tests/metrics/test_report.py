@@ -11,6 +11,8 @@ from glm.errors import DataError
 from glm.metrics.figures import smoothed, thinned
 from glm.metrics.read import read_run
 from glm.metrics.report import write_report
+from glm.metrics.report_layers import over_time
+from glm.metrics.stage import Stage
 from tests.metrics.synthetic_run import write_rl_stage, write_training_stage
 
 
@@ -38,7 +40,9 @@ def test_a_full_report_holds_the_numbers_of_the_run(full_run):
                      "+11.9 points", "68.7% ± 3.0", "36.2% ± 5.0"):
         assert accuracy in page, accuracy
     assert "5 of 5" in page and "pretrain.tokenizer" in page
-    assert page.count("<svg") >= 18
+    assert page.count("<svg") >= 24
+    for words in ("Loss of every source", "below 2.05K", "MaxVio: load of the busiest expert", "Largest attention logit", "forward-backward"):
+        assert words in page, words
 
 
 def test_the_page_loads_nothing_and_runs_nothing(full_run):
@@ -89,3 +93,12 @@ def test_thinning_keeps_the_mean_and_smoothing_ignores_what_is_not_finite():
     x, y = thinned(range(10_000), range(10_000), points=100)
     assert len(x) == 100 and y.mean() == pytest.approx(4999.5)
     assert smoothed([1.0, np.nan, 3.0, 5.0], 2) == pytest.approx([1.0, 1.0, 3.0, 4.0])
+
+
+def test_layers_that_have_none_and_lines_of_another_model_are_no_hindrance(full_run):
+    root, _, _ = full_run
+    stage = Stage("s", read_run(root).stages["pretrain_general"], {}, True, "#000")
+    x, values = over_time([stage], "update/by_layer/experts")
+    assert values.shape == (len(x), 4) and np.isnan(values[:, 0]).all() and (values[:, 1:] == 0.2).all()
+    stage.metrics.lines.append({"step": 41, "update/by_layer/experts": [0.1, 0.1]})
+    assert len(over_time([stage], "update/by_layer/experts")[0]) == len(x)

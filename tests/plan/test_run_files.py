@@ -92,13 +92,17 @@ def test_a_mistake_in_what_holds_on_one_hardware_is_found_whatever_the_run_s(dra
 
 
 def test_what_holds_on_one_hardware_wins_over_the_stage_and_yields_to_the_command_line(draft):
-    said = "{layout: {ep: 1, tp: 2}, stages: {sft_cold_start: {layout: {tp: 1}, batch: {tokens: 2048}}}}"
+    said = (
+        "{layout: {ep: 1, tp: 2}, stages: {midtrain_long_context: {layout: {cp: 1}}, "
+        "sft_cold_start: {layout: {tp: 1}, batch: {tokens: 2048}}}}"
+    )
     run = draft("host", said, "sft_cold_start.layout.ep=2")
     assert (run.stages["pretrain_general"].layout.tp, run.stages["pretrain_general"].layout.ep) == (2, 1)
     assert (run.stages["sft_cold_start"].layout.tp, run.stages["sft_cold_start"].layout.ep) == (1, 2)
     assert run.stages["sft_cold_start"].batch.tokens == 2048 and run.stages["export"].layout.tp == 1
     assert "draft.yaml:" in run.origins["pretrain_general"]["layout.tp"]
-    other = draft("host", said, "hardware=h200_1", "layout.ep=1", "layout.tp=1").stages["sft_cold_start"]
+    one_rank = ("hardware=h200_1", "layout.ep=1", "layout.tp=1", "midtrain_long_context.layout.cp=1")
+    other = draft("host", said, *one_rank).stages["sft_cold_start"]
     assert other.batch.tokens == 1024, "another hardware's exceptions do not hold"
     with pytest.raises(RecipeError, match="with_hardware"):
         draft("host", said, "with_hardware.host.layout.tp=1")
