@@ -120,8 +120,8 @@ def test_check_names_what_to_change_when_a_stage_does_not_fit():
 def test_check_takes_another_hardware_file():
     done = glm("check", "configs/glm45/4b.yaml", "hardware=h200_8", "--json")
     assert {entry["ranks"][0]["ranks"] for entry in lines(done)[0]["memory"].values()} == {8}
-    done = glm("check", "configs/glm45/30b.yaml", "hardware=h200_1")
-    assert done.returncode == 2 and "layout" in done.stderr, "nothing is said of 30b on one rank: its layout of eight does not divide"
+    done = glm("check", TINY, "hardware=h200_128")
+    assert done.returncode == 2 and "data-parallel ranks" in done.stderr, "a batch of 8 rows cannot be divided so"
 
 
 def test_check_reads_all_files_and_names_every_wrong_one(tmp_path):
