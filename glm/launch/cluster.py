@@ -62,8 +62,9 @@ def run_on_cluster(recipe: StageRecipe, recipe_file: Path, stop: StopSignals) ->
     if code is None:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
-    if stop.asked or folder.requeue(recipe.stage).exists():
-        raise Requeued(recipe.stage, saved=folder.requeue(recipe.stage).exists())
+    saved = folder.requeue(recipe.stage).exists()
+    if saved or stop.asked and code != 0:
+        raise Requeued(recipe.stage, saved)
     if code:
         raise RankFailed(
             f"stage {recipe.stage}", f"srun ended with code {code}", "every rank to end with code 0",

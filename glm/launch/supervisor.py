@@ -77,7 +77,9 @@ def _judge(failed: RankFailed, recipe: StageRecipe, folder: RunFolder, started: 
             f"the stacks of all threads are in {folder.hang(recipe.stage, 0).parent}/hang_rank_*.txt; a rank that waits for no other is the "
             "one to look at\n            the same command continues from the newest checkpoint",
         )
-    if failed.code == ROLLBACK_CODE:
+    if failed.code == ROLLBACK_CODE and folder.rollbacks(recipe.stage).exists():
+        last = json.loads(folder.rollbacks(recipe.stage).read_text(encoding="utf-8"))[-1]
+        failed.found = f"goes back from step {last['from_step']} to step {last['to_step']}: {'; '.join(last['reasons'])}"
         return "rollback", failed
     return ("mistake" if failed.code == 2 else "killed" if failed.code < 0 else "error"), failed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glm.errors import NumericsError, PlatformError
-from tests.faults.stage import ROWS, STAGE, copy_of, lines, numbers, run, weights
+from tests.faults.stage import ROWS, STAGE, TWO_RANKS, copy_of, lines, numbers, run, weights
 from tests.train.test_trainer import batch, step, trainer  # activates the host platform
 
 
@@ -83,7 +83,16 @@ def test_a_run_resumed_across_skipped_steps_is_the_same_bit_for_bit(skipped):
 
 
 @pytest.mark.full
-def test_too_many_skipped_steps_go_back_leave_their_data_out_and_go_on(skipped, tmp_path_factory):
+@pytest.mark.parametrize("layout", [TWO_RANKS, (f"{STAGE}.launcher.ranks_per_node=2", f"{STAGE}.layout.pp=2")], ids=["two data-parallel ranks", "a pipeline"])
+def test_ranks_refuse_the_same_steps_whoever_of_them_had_the_row(skipped, undisturbed, layout):
+    folder = copy_of(undisturbed, f"alike_{layout[-1]}", up_to=0)
+    run(folder, SPIKES, *layout, faults=ONE_EACH)
+    alike, alone = (lines(one / "stages" / STAGE / "skipped.jsonl") for one in (folder, skipped))
+    assert [(one["step"], one["rows"], one["sources"]) for one in alike] == [(one["step"], one["rows"], one["sources"]) for one in alone]
+
+
+@pytest.mark.full
+def test_too_many_skipped_steps_go_back_leave_their_data_out_and_go_on(skipped):
     """Steps 3 and 4 are refused: back to step 2, and rows 16 to 31 are left out. A clean run without these rows is the same."""
     folder = copy_of(skipped, "back", up_to=2)
     two = (f"{STAGE}.guard={{history: 2, window: 8, skip_limit: 2}}",)

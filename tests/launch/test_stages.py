@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from glm.checkpoint.run_folder import RunFolder
 from glm.errors import PlatformError, RecipeError
 from glm.launch.cluster import command_line, run_on_cluster
-from glm.launch.signals import StopSignals
+from glm.launch.signals import Requeued, StopSignals
 from glm.launch.stages import lock, run_stages
 from glm.recipe.compose import load_recipe, load_run
 
@@ -147,3 +149,21 @@ def test_a_cluster_stage_is_started_by_srun_inside_an_allocation_only(tmp_path, 
     monkeypatch.setenv("CODE", "4")
     with pytest.raises(PlatformError, match="srun ended with code 4"):
         run_on_cluster(recipe, Path("r.json"), StopSignals())
+
+
+def test_a_cluster_stage_is_asked_to_stop_by_a_file_and_tells_by_one_that_it_saved(tmp_path, monkeypatch):
+    """srun keeps neither signals nor codes of ranks: a stand-in for it waits for the one file and leaves the other."""
+    changes = [f"run_folder={tmp_path / 'run'}", "pretrain_general.launcher.grace_seconds=20"]
+    recipe = load_run(ROOT / "configs" / "glm45" / "air.yaml", changes).stages["pretrain_general"]
+    folder = RunFolder(tmp_path / "run").stage("pretrain_general")
+    folder.mkdir(parents=True)
+    body = f"touch {folder}/waits; while [ ! -e {folder}/stop ]; do sleep 0.05; done; echo '{{}}' > {folder}/requeue.json; exit 1"
+    for name, text in (("srun", body), ("scontrol", "echo first")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    with StopSignals() as stop, pytest.raises(Requeued) as caught:
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+        run_on_cluster(recipe, Path("r.json"), stop)
+    assert stop.asked == "SIGUSR1" and caught.value.saved

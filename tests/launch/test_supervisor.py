@@ -89,6 +89,8 @@ def test_a_mistake_is_told_at_once_and_an_error_after_a_step_is_tried_again(tmp_
 
 def test_without_restarts_nothing_is_started_again_but_a_planned_rollback(tmp_path):
     stage = Supervised(tmp_path / "run", "number < 2 and sys.exit(76); die()", limit=0)
+    stage.folder.stage(STAGE).mkdir(parents=True)
+    stage.folder.rollbacks(STAGE).write_text('[{"from_step": 4, "to_step": 2, "reasons": ["the loss is nan"]}]')
     with pytest.raises(PlatformError, match="SIGKILL"):
         stage()
-    assert stage.starts == 2 and stage.waits == [0.0]
+    assert stage.starts == 2 and stage.waits == [0.0] and "goes back from step 4 to step 2: the loss is nan" in stage.said[0]
