@@ -22,6 +22,9 @@ class StageStopped(Exception):
 class UserError(ValueError):
     """A mistake of the user's or of the machine's, told in four parts. The command line prints it without a traceback."""
 
+    exit_code = 2
+    """Of a rank that ends with it; after 2 the launcher does not start the stage again."""
+
     def __init__(self, where: str, found: str, expected: str, todo: str):
         self.where, self.found, self.expected, self.todo = where, found, expected, todo
         super().__init__(
@@ -38,6 +41,12 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """A document, tokenizer or corpus that cannot be used."""
+
+
+class DataWorkerError(UserError):
+    """A process that reads data died or hangs. Nobody's mistake: starting the stage again is right, so it ends as a crash does."""
+
+    exit_code = 1
 
 
 class CheckpointError(UserError):

@@ -27,7 +27,7 @@ def run(recipe_path: Path) -> int:
         importlib.import_module(recipe.main).main(recipe)
     except UserError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except OSError as error:
         explained = explain_os_error(error)
         if explained is None:

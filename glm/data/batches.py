@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from glm.errors import DataError
 from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
 
-__all__ = ["Batches", "Row", "manifest_path"]
+__all__ = ["Batches", "Consumed", "Row", "manifest_path"]
 
 EPOCH_SLACK = 0.05
 """A source may be read this much more often than its limit before it is an error: rows are counted whole."""
@@ -29,6 +30,18 @@ COUNTS_FORMAT = 1
 def manifest_path(folder: RunFolder, stage: str):
     """Which tokenized corpus each source of a stage reads; written when its data is prepared."""
     return folder.data / f"{stage}.json"
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """Of one source. Tokens are those in the rows: empty places are none."""
+
+    rows: int = 0
+    tokens: int = 0
+    epochs: float = 0.0
+
+    def __add__(self, other: "Consumed") -> "Consumed":
+        return Consumed(self.rows + other.rows, self.tokens + other.tokens, self.epochs + other.epochs)
 
 
 class Batches:
@@ -102,12 +115,19 @@ class Batches:
         """Rows of held-out documents in the stage's proportions; a small held-out source comes again."""
         return [self._validation[source].row(number) for source, number in self._interleaving.rows(0, count)]
 
-    def ledger(self, stage_rows: int) -> dict[str, dict[str, float]]:
-        """What the first ``stage_rows`` rows of the stage took from each source: rows, tokens (without empty places), epochs."""
-        return {
-            name: {"rows": rows, "tokens": self._training[name].tokens(rows), "epochs": self._training[name].epochs(rows)}
-            for name, rows in self._interleaving.counts(stage_rows).items()
-        }
+    def ledger(self, stage_rows: int) -> dict[str, Consumed]:
+        """What the first ``stage_rows`` rows of the stage took from each source."""
+        return self.ledger_of([(0, stage_rows)])
+
+    def ledger_of(self, pieces: list[tuple[int, int]]) -> dict[str, Consumed]:
+        """What runs of rows, each (first, count), took from each source; reads no tokens."""
+        taken = dict.fromkeys(self._sources, Consumed())
+        for first, count in pieces:
+            before, after = self._interleaving.counts(first), self._interleaving.counts(first + count)
+            for name, packer in self._training.items():
+                one, two = before[name], after[name]
+                taken[name] += Consumed(two - one, packer.tokens(two) - packer.tokens(one), packer.epochs(two) - packer.epochs(one))
+        return taken
 
     def report(self) -> dict[str, dict[str, object]]:
         """For each source: documents, tokens, rows the stage takes, epochs they come to, and how full packed rows are."""

@@ -138,6 +138,7 @@ class PackedRows:
         self._window = lru_cache(maxsize=2 * self.group + 2)(self._pack)
         self._epoch = lru_cache(maxsize=2)(self._order_windows)
         self._rows = lru_cache(maxsize=2)(self._order_rows)
+        self._row_tokens = lru_cache(maxsize=2)(self._tokens_of_rows)
         self.counts = self._count() if counts is None else counts
         self.epoch_rows, self.epoch_tokens = self.counts.sum(0).tolist()
 
@@ -204,11 +205,14 @@ class PackedRows:
         group = (int(starts.searchsorted(within, side="right")) - 1) // self.group
         first = group * self.group
         whole = int(self.counts[windows[:first], 1].sum())
-        if within == starts[first]:
-            return epoch * self.epoch_tokens + whole
-        packed = [self._window(int(window)) for window in windows[first : first + self.group]]
+        return epoch * self.epoch_tokens + whole + int(self._row_tokens(epoch, group)[within - int(starts[first])])
+
+    def _tokens_of_rows(self, epoch: int, group: int) -> np.ndarray:
+        """Tokens in the first n rows of a group in the order they come, for every n."""
+        windows = self._epoch(epoch)[0][group * self.group : (group + 1) * self.group]
+        packed = [self._window(window) for window in windows.tolist()]
         of_rows = np.concatenate([np.add.reduceat(window.lengths, window.row_starts[:-1]) for window in packed])
-        return epoch * self.epoch_tokens + whole + int(of_rows[self._rows(epoch, group)[: within - int(starts[first])]].sum())
+        return np.concatenate([[0], np.cumsum(of_rows[self._rows(epoch, group)])])
 
     def epochs(self, rows: int) -> float:
         return rows / self.epoch_rows

@@ -17,7 +17,7 @@ from pathlib import Path
 from glm.checkpoint.run_folder import RunFolder
 from glm.data.batches import Batches
 from glm.data.packing import Row
-from glm.errors import PlatformError, UserError
+from glm.errors import DataWorkerError, UserError
 from glm.recipe.schema import TrainRecipe
 
 
@@ -46,7 +46,7 @@ class ReadAhead(Batches):
         """Rows asked for; None while they are not there."""
 
     def rows(self, first: int, count: int) -> list[Row]:
-        """Raises PlatformError naming a worker that died or hangs, and what a worker raised."""
+        """Raises DataWorkerError naming a worker that died or hangs, and what a worker raised."""
         if not self._workers:
             return super().rows(first, count)
         self._ask(first, count)
@@ -105,9 +105,9 @@ class ReadAhead(Batches):
             if number in self._ready:  # else it is no longer wanted
                 self._ready[number] = row
 
-    def _failure(self, worker: _Worker, found: str, hint: str) -> PlatformError:
+    def _failure(self, worker: _Worker, found: str, hint: str) -> DataWorkerError:
         first, count = worker.asked[0]
-        return PlatformError(
+        return DataWorkerError(
             f"data worker {worker.number} of stage {self._recipe.stage}, rows {first} to {first + count - 1}", found, "the rows",
             f"read {worker.log}; {hint}; the same command continues from the last checkpoint, data.workers=0 reads without workers",
         )

@@ -79,6 +79,8 @@ def train(recipe: TrainRecipe) -> None:
             seconds = time.perf_counter() - started
             with phases("logging"):
                 metrics = step_metrics(plan, progress, outcome, seconds, phases.take()) | setbacks.after(plan, outcome, batches)
+                if runtime.is_first:
+                    metrics |= setbacks.consumed(batches, progress)
                 log.line(progress.step, metrics)
             replay.compare(progress.step, metrics)
             if recipe.validation.every_steps and progress.step % recipe.validation.every_steps == 0 and progress.step < total:

@@ -63,6 +63,11 @@ class Setbacks:
         dist.all_reduce(refused, op=dist.ReduceOp.MAX)
         return own or ("another rank refused it" if refused.item() else None)
 
+    def consumed(self, batches: Batches, progress: Progress) -> dict[str, float]:
+        """What the stage has read of each source so far, to log; data left out after a rollback was not read."""
+        taken = batches.ledger_of(self._pieces(0, progress.stage_tokens // self.recipe.sequence_length))
+        return {f"data/{what}/{name}": getattr(source, what) for name, source in taken.items() for what in ("tokens", "epochs")}
+
     def after(self, plan: StepPlan, outcome: StepOutcome, batches: Batches) -> dict[str, int]:
         """Notes the step. Returns what to log of it.
 

@@ -49,10 +49,13 @@ def test_the_ledger_is_what_was_read(recipe, run_folder):
     for rows in (0, 1, 7, 100, 399):
         read = read_tokens(batches, rows)
         ledger = batches.ledger(rows)
-        assert {name: entry["tokens"] for name, entry in ledger.items()} == {name: read[name] for name in SHARES}
-        assert sum(entry["rows"] for entry in ledger.values()) == rows
-        for name, entry in ledger.items():
-            assert entry["epochs"] == pytest.approx(read[name] / batches.report()[name]["tokens"], abs=0.05)
+        assert {name: taken.tokens for name, taken in ledger.items()} == {name: read[name] for name in SHARES}
+        assert sum(taken.rows for taken in ledger.values()) == rows
+        for name, taken in ledger.items():
+            assert taken.epochs == pytest.approx(read[name] / batches.report()[name]["tokens"], abs=0.05)
+    apart = batches.ledger_of([(0, 50), (120, 30)])
+    left_out = read_tokens(batches, 150) - (read_tokens(batches, 120) - read_tokens(batches, 50))
+    assert {name: taken.tokens for name, taken in apart.items()} == {name: left_out[name] for name in SHARES}
 
 
 def test_shares_are_of_tokens_over_any_prefix_however_full_the_rows_of_a_source_are(recipe, run_folder):

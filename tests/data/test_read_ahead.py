@@ -9,7 +9,7 @@ import pytest
 from glm.data.batches import Batches, manifest_path
 from glm.data.prepare import prepare
 from glm.data.read_ahead import ReadAhead
-from glm.errors import DataError, PlatformError
+from glm.errors import DataError, DataWorkerError
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_killed_worker_ends_the_stage_with_its_name_and_its_rows(reader):
     two.rows(0, 4)
     os.kill(two._workers[1].process.pid, signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(PlatformError, match=r"data worker 1 of stage midtrain_repo_code, rows \d+ to \d+(.|\n)*signal 9(.|\n)*data_worker_0_1.log"):
+    with pytest.raises(DataWorkerError, match=r"data worker 1 of stage midtrain_repo_code, rows \d+ to \d+(.|\n)*signal 9(.|\n)*data_worker_0_1.log"):
         for first in range(4, 40, 4):
             two.rows(first, 4)
     assert time.monotonic() - started < 30
@@ -91,7 +91,7 @@ def test_a_worker_that_hangs_is_named_after_the_time_out(reader):
     os.kill(one._workers[0].process.pid, signal.SIGSTOP)
     one._patience_seconds = 1.0
     started = time.monotonic()
-    with pytest.raises(PlatformError, match="data worker 0(.|\n)*no answer for 1 s(.|\n)*worker_timeout_seconds"):
+    with pytest.raises(DataWorkerError, match="data worker 0(.|\n)*no answer for 1 s(.|\n)*worker_timeout_seconds"):
         one.rows(100, 4), one.rows(104, 4)
     assert time.monotonic() - started < 30
 
@@ -106,7 +106,7 @@ def test_what_a_worker_cannot_read_is_told_as_the_rank_would_tell_it(recipe, run
 def test_a_worker_that_fails_in_the_code_leaves_its_traceback_in_its_log(run_folder, reader):
     one = reader(1)
     one._workers[0].connection.send("no rows")
-    with pytest.raises(PlatformError, match="ended with code 1"):
+    with pytest.raises(DataWorkerError, match="ended with code 1"):
         one.rows(0, 2)
     assert "Traceback" in one._workers[0].log.read_text()
 

@@ -2,6 +2,7 @@
 
     {"poisoned": {ROW: FACTOR}}          the gradient of that row of the data is multiplied, its loss too by "nan"
     {"kill": {"rank": 1, "step": 3}}     SIGKILL before that step; each fault of this kind happens once
+    {"kill_worker": ...}                 SIGKILL to the processes that read its data
     {"stop": ...}                        SIGSTOP    {"sleep": ...}  sleeps inside the step    {"spin": ...}  never gives the GIL back
 """
 
@@ -13,6 +14,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from glm import rank
 
@@ -58,7 +61,7 @@ def install(recipe: dict) -> None:
         return clean_step(self, batches, poisonous, **settings)
 
     def plan_step(recipe, progress):
-        for kind in ("kill", "stop", "sleep", "spin"):
+        for kind in ("kill", "kill_worker", "stop", "sleep", "spin"):
             fault, mark = faults.get(kind), folder / f"{kind}.happened"
             if fault and progress.step + 1 == fault["step"] and os.environ.get("RANK", "0") == str(fault["rank"]) and not mark.exists():
                 mark.write_text(str(os.getpid()))
@@ -71,6 +74,10 @@ def install(recipe: dict) -> None:
 def happen(kind: str) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "kill_worker":
+        for child in psutil.Process().children():
+            if "glm.data.worker" in child.cmdline():
+                child.kill()
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "sleep":

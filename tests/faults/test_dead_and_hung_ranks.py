@@ -61,6 +61,16 @@ def test_a_killed_rank_is_named_and_the_stage_goes_on_bit_for_bit(undisturbed_pa
 
 
 @pytest.mark.full
+def test_a_killed_data_worker_is_named_and_the_stage_goes_on_bit_for_bit(undisturbed, capfd):
+    folder = copy_of(undisturbed, "worker", up_to=0)
+    run(folder, f"{STAGE}.data.workers=2", faults={"kill_worker": {"rank": 0, "step": 4}})
+    told = capfd.readouterr().err
+    assert f"data worker 0 of stage {STAGE}, rows" in told and "signal 9" in told and "data_worker_0_0.log" in told
+    assert numbers(folder) == numbers(undisturbed) and weights(folder, 6) == weights(undisturbed, 6)
+    assert processes_of(folder) == [], "a worker was left behind"
+
+
+@pytest.mark.full
 def test_without_restarts_the_message_says_who_hung_and_where(undisturbed):
     folder = copy_of(undisturbed, "no_restart", up_to=0)
     with pytest.raises(PlatformError) as caught:
