@@ -108,7 +108,7 @@ KEPT = (
     _reason("async_tensor_model_parallel_allreduce", "without sequence parallelism only, which tp > 1 always has here", "ours"),
     _reason("use_te_rng_tracker inference_rng_tracker", "nothing draws random numbers while training", "ours"),
     _reason("hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank hybrid_context_parallel cp_comm_type",
-            "context parallelism in one ring of equal pieces", "ours"),
+            "context parallelism gathers keys and values: see Long context", "ours"),
     _reason("attention_backend transformer_impl flash_decode fused_single_qkv_rope", "kernels.attention decides through the layer specs", "ours"),
     _reason("cross_entropy_loss_fusion cross_entropy_fusion_impl", "the unfused loss works on every device", "ours"),
     _reason("enable_cuda_graph cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps external_cuda_graph "
