@@ -69,12 +69,12 @@ def test_a_recipe_with_another_value_in_one_stage_is_marked(fact):
 def _with(run: Run, stage: str, key: str) -> Run:
     """The run with another value at ``key`` of one stage: one more, another word, the other truth. No type looks at it."""
     def changed(section, words: list[str]):
-        value = getattr(section, words[0])
+        value = section[words[0]] if isinstance(section, dict) else getattr(section, words[0])
         if len(words) > 1:
             other = changed(value, words[1:])
         else:
             other = not value if isinstance(value, bool) else value + ("x" if isinstance(value, str) else 1)
-        return section.model_copy(update={words[0]: other})
+        return section | {words[0]: other} if isinstance(section, dict) else section.model_copy(update={words[0]: other})
 
     return Run(run.name, run.run_folder, run.path, run.stages | {stage: changed(run.stages[stage], key.split("."))}, run.origins)
 
