@@ -7,6 +7,8 @@ from pathlib import Path
 
 TINY = Path(__file__).parents[1] / "configs" / "glm45" / "tiny.yaml"
 SMALL_TOKENIZER = "tokenizer.tokenizer.sample_bytes=1M"
+UNPREPARED = "pretrain_general.data.mixture=plain_text"
+"""Lets pretrain_general run without prepare_pretrain before it."""
 
 
 def glm(*words: object, timeout: float = 300, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

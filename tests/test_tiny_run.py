@@ -23,8 +23,8 @@ SHORTENED = (
     *LAYOUTS,
 )
 STAGES = (
-    "tokenizer", "pretrain_general", "pretrain_code_reasoning", "prepare_midtrain", "midtrain_repo_code", "midtrain_reasoning",
-    "midtrain_long_context", "sft_cold_start", "rl_reasoning", "export", "chat",
+    "tokenizer", "prepare_pretrain", "pretrain_general", "pretrain_code_reasoning", "prepare_midtrain", "midtrain_repo_code",
+    "midtrain_reasoning", "midtrain_long_context", "sft_cold_start", "rl_reasoning", "export", "chat",
 )
 
 

@@ -65,26 +65,26 @@ def dialogues(problems: int, seed: int) -> list[tuple[str, list[dict[str, str]],
     return problem_dialogues(problems, seed)
 
 
-def user_files(path: Path) -> list[Path]:
+def user_files(path: Path, asked_at: str = "data.documents", more_suffixes: tuple[str, ...] = ()) -> list[Path]:
     """The files of the user's folder (or the one file), sorted. Hidden ones and unknown suffixes in a folder are left out."""
     if path.is_file():
         return [path]
     expected = f"text ({', '.join(sorted(TEXT_SUFFIXES))}), .jsonl or .parquet files"
     if not path.is_dir():
-        raise DataError(f"data.documents {path}", "no such file or folder", expected, "correct the path")
+        raise DataError(f"{asked_at} {path}", "no such file or folder", expected, "correct the path")
     files = sorted(
         file for file in path.rglob("*")
-        if file.suffix.lower() in TEXT_SUFFIXES | RECORD_SUFFIXES and file.is_file()
+        if (file.suffix.lower() in TEXT_SUFFIXES | RECORD_SUFFIXES or file.name.endswith(more_suffixes)) and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
         others = sorted({file.suffix or file.name for file in path.rglob("*") if file.is_file()})
         found = f"no such file, only {', '.join(others[:8])}" if others else "an empty folder"
-        raise DataError(f"data.documents {path}", found, expected, "put text there, or leave data.documents out")
+        raise DataError(f"{asked_at} {path}", found, expected, f"put text there, or leave {asked_at} out")
     return files
 
 
-def _unreadable(file: Path, error: OSError) -> DataError:
+def unreadable(file: Path, error: OSError) -> DataError:
     todo = "give yourself the right to read it, or move it away"
     return DataError(str(file), f"not readable: {error.strerror or error}", "a file that can be read", todo)
 
@@ -93,7 +93,7 @@ def _read_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
 
 
 def _check_encoding(files: list[Path]) -> None:
@@ -137,29 +137,30 @@ def _jsonl_documents(file: Path) -> Iterator[tuple[str, str]]:
             for number, raw in enumerate(lines, start=1):
                 if raw.strip():
                     where = f"{file}, line {number}"
-                    yield where, _jsonl_text(where, raw)
+                    yield where, record_text(where, raw)
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
 
 
-def _jsonl_text(where: str, raw: bytes) -> str:
-    expected, todo = 'one JSON object a line with a "text" string', "correct or remove the line"
+def record_text(where: str, raw: bytes, field: str = "text") -> str:
+    """The text of one line of a jsonl file. Raises DataError."""
+    expected, todo = f'one JSON object a line with a "{field}" string', "correct or remove the line"
     try:
         record = json.loads(raw.decode())
     except RecursionError as error:
         raise DataError(where, "JSON nested too deeply to be read", expected, todo) from error
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise DataError(where, f"not JSON in UTF-8: {error}", expected, todo) from error
-    if not isinstance(record, dict) or "text" not in record:
+    if not isinstance(record, dict) or field not in record:
         found = f"keys {', '.join(sorted(record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
         raise DataError(where, found, expected, todo)
-    if not isinstance(record["text"], str):
-        raise DataError(where, f'"text" is a {type(record["text"]).__name__}', expected, todo)
+    if not isinstance(record[field], str):
+        raise DataError(where, f'"{field}" is a {type(record[field]).__name__}', expected, todo)
     try:
-        record["text"].encode()
+        record[field].encode()
     except UnicodeEncodeError as error:
-        raise DataError(where, f'"text" is not Unicode: {error.reason}', expected, todo) from error
-    return record["text"]
+        raise DataError(where, f'"{field}" is not Unicode: {error.reason}', expected, todo) from error
+    return record[field]
 
 
 def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
@@ -178,7 +179,7 @@ def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
         row = 0
         try:
             for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-                for text in _column_texts(batch.column(0)):
+                for text in column_texts(batch.column(0)):
                     if not isinstance(text, str):
                         found = "bytes that are not UTF-8" if text is UNDECODABLE else f'"text" is a {type(text).__name__}'
                         raise DataError(f"{file}, row {row}", found, expected, "correct or remove the row")
@@ -189,7 +190,7 @@ def _parquet_documents(file: Path) -> Iterator[tuple[str, str]]:
             raise DataError(f"{file}, after row {row}", f"broken parquet: {error}", expected, todo) from error
 
 
-def _column_texts(column) -> Iterator[object]:
+def column_texts(column) -> Iterator[object]:
     """The values of an arrow column; UNDECODABLE for one that calls itself a string and is not UTF-8, which arrow does not
     check when it reads."""
     try:
@@ -214,7 +215,7 @@ def corpus_fingerprint(corpus: str, path: str | None, problems: int, seed: int) 
             try:
                 status = file.stat()
             except OSError as error:
-                raise _unreadable(file, error) from error
+                raise unreadable(file, error) from error
             digest.update(os.fsencode(file) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     else:
         digest.update(f"{corpus} {sys.version} {DEFAULT_CORPUS_BYTES}".encode())

@@ -68,8 +68,10 @@ class PrepareRecipe(PreparingRecipe):
     """pretrain.prepare: raw sources to tokenized corpora by source and quality bucket."""
 
     data: RawData = RawData()
-    sources: Annotated[dict[str, RawSource], Field(min_length=1)]
-    """In order: of two documents alike in two sources, the first source's stays."""
+    sources: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], RawSource], Field(min_length=1)]
+    """What is read. Stage and run file are merged by name."""
+    order: tuple[str, ...] = ()
+    """All sources: of two documents alike the one of the source that comes first stays. Filled in as the files name them."""
     shortest_characters: Annotated[int, Field(gt=0)] = 32
     """Shorter documents are dropped."""
     broken_limit: Annotated[int, Field(ge=0)] = 100
@@ -81,9 +83,21 @@ class PrepareRecipe(PreparingRecipe):
     plugins: tuple[str, ...] = ()
     """Modules that register scorers or embedders, imported before any is looked up."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_order(cls, values: object) -> object:
+        """The order is kept apart from the map, because the JSON of a recipe is sorted."""
+        if not isinstance(values, dict) or not isinstance(values.get("sources"), dict):
+            return values
+        named = tuple(values.get("order") or ())
+        unknown = [name for name in named if name not in values["sources"]]
+        if unknown:
+            raise ValueError(f"an order of the sources {', '.join(values['sources'])}, not of {', '.join(map(str, unknown))}")
+        return values | {"order": (*named, *(name for name in values["sources"] if name not in named))}
+
     @property
     def prepares(self) -> tuple[str, ...]:
-        return tuple(self.sources)
+        return self.order
 
 
 class MidtrainPrepareRecipe(PreparingRecipe):

@@ -9,12 +9,13 @@ TOOL_RESPONSE, END_TOOL_RESPONSE = "<tool_response>", "</tool_response>"
 ARG_KEY, END_ARG_KEY = "<arg_key>", "</arg_key>"
 ARG_VALUE, END_ARG_VALUE = "<arg_value>", "</arg_value>"
 NOTHINK = "/nothink"
+CODE_PREFIX, CODE_MIDDLE, CODE_SUFFIX = "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     END_OF_TEXT, "[MASK]", GMASK, "[sMASK]", SOP, "<eop>", SYSTEM, USER, ASSISTANT, OBSERVATION,
     "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
     "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_transcription|>", "<|end_of_transcription|>",
-    "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>",
+    CODE_PREFIX, CODE_MIDDLE, CODE_SUFFIX,
 )
 """Hidden when text is decoded with ``skip_special_tokens``."""
 

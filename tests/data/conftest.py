@@ -6,6 +6,7 @@ from hypothesis import settings
 from glm.checkpoint.run_folder import RunFolder
 from glm.recipe.compose import load_run
 from glm.tokenizer.train import train_tokenizer
+from tests.runs import UNPREPARED
 
 settings.register_profile("busy_machine", deadline=None)
 settings.load_profile("busy_machine")
@@ -34,5 +35,5 @@ def run_folder(tmp_path, tokenizer_folder) -> RunFolder:
 
 @pytest.fixture(scope="session")
 def tiny_stages():
-    """The stages of tiny.yaml with few problems."""
-    return load_run(TINY, ["data.problems=600"]).stages
+    """The stages of tiny.yaml with few problems, and text that needs no prepare stage."""
+    return load_run(TINY, ["data.problems=600", UNPREPARED]).stages

@@ -58,7 +58,7 @@ def test_rows_hold_the_stages_proportions_and_validation_is_apart(tiny_stages, r
 
 
 def test_rows_are_the_same_however_they_are_asked_for(tiny_stages, run_folder, library):
-    for name in ("pretrain_code_reasoning", "midtrain_repo_code"):
+    for name in ("pretrain_general", "midtrain_repo_code"):
         recipe = stage(tiny_stages, name, documents=str(library), **({"sources": BUILT_IN} if name == "midtrain_repo_code" else {}))
         prepare(recipe, run_folder)
         whole = Batches(recipe, run_folder).rows(3, 12)

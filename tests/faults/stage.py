@@ -7,14 +7,14 @@ from pathlib import Path
 
 from glm.launch.stages import run_stages
 from glm.recipe.compose import load_run
-from tests.runs import SMALL_TOKENIZER, TINY
+from tests.runs import SMALL_TOKENIZER, TINY, UNPREPARED
 
 STAGE = "pretrain_general"
 ROWS = 8
 """Of a step: 512 tokens of 64."""
 SIX_STEPS = (
     f"{STAGE}.tokens=3072", f"{STAGE}.batch={{tokens: 512, micro_batch_size: 4}}", f"{STAGE}.checkpoint={{every_steps: 2, keep: 9}}",
-    f"{STAGE}.launcher={{ranks_per_node: 1, timeout_seconds: 60}}", f"{STAGE}.layout.ep=1", SMALL_TOKENIZER,
+    f"{STAGE}.launcher={{ranks_per_node: 1, timeout_seconds: 60}}", f"{STAGE}.layout.ep=1", SMALL_TOKENIZER, UNPREPARED,
 )
 TWO_RANKS = (f"{STAGE}.launcher.ranks_per_node=2", f"{STAGE}.layout.ep=2")
 

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from tests.runs import SMALL_TOKENIZER, TINY, glm, processes_of
+from tests.runs import SMALL_TOKENIZER, TINY, UNPREPARED, glm, processes_of
 
 STAGE = "pretrain_general"
-SETTINGS = (f"{STAGE}.batch.tokens=2048", f"{STAGE}.checkpoint.every_steps=2", f"{STAGE}.checkpoint.keep=3", SMALL_TOKENIZER)
+SETTINGS = (f"{STAGE}.batch.tokens=2048", f"{STAGE}.checkpoint.every_steps=2", f"{STAGE}.checkpoint.keep=3", SMALL_TOKENIZER, UNPREPARED)
 
 
 @pytest.fixture(scope="module")

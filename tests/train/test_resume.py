@@ -7,12 +7,12 @@ import time
 import pytest
 
 from glm import platform
-from tests.runs import SMALL_TOKENIZER, TINY, glm, metrics, processes_of, started
+from tests.runs import SMALL_TOKENIZER, TINY, UNPREPARED, glm, metrics, processes_of, started
 
 platform.activate("host")
 
 STAGE = "pretrain_general"
-SIX_STEPS = (f"{STAGE}.tokens=12288", f"{STAGE}.batch.tokens=2048", f"{STAGE}.checkpoint.every_steps=3", SMALL_TOKENIZER)
+SIX_STEPS = (f"{STAGE}.tokens=12288", f"{STAGE}.batch.tokens=2048", f"{STAGE}.checkpoint.every_steps=3", SMALL_TOKENIZER, UNPREPARED)
 
 VALIDATED = f"{STAGE}.validation.every_steps=2"
 """The interrupted run validates on the way and the other does not: it must make no difference."""
