@@ -68,7 +68,7 @@ def _forget_if_lost(data: Path, task: Path) -> None:
     except (FileNotFoundError, ValueError):    # not finished; what is torn is told by run_tasks
         return
     if any(not (data / f"{shard['name']}.json").is_file() for shard in shards):
-        shutil.rmtree(task)
+        shutil.rmtree(task, ignore_errors=True)    # another rank may be at it too
 
 
 def register(folder: RunFolder, facts: dict[str, list[dict]], tokenizer: str) -> None:

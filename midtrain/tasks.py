@@ -47,6 +47,11 @@ def _repositories(asked_at: str, corpus: RepositoryCorpus) -> Iterator[dict]:
     for given in corpus.paths:
         folders += _installed(given, asked_at) if given.split(":")[0] == INSTALLED else expand((given,), asked_at)
     checkouts = _distinct(_opened(names_of(folders), corpus.needs_history))
+    if corpus.discussions is not None and not any(_discussions_of(checkout, corpus.discussions).is_file() for checkout in checkouts):
+        raise DataError(
+            asked_at.removesuffix("paths") + "discussions", f"{corpus.discussions}, without a file for any of {len(checkouts)} repositories",
+            f"a folder with NAME.jsonl, such as {_discussions_of(checkouts[0], corpus.discussions).name}", "correct the path, or leave it out",
+        )
     for first in range(0, len(checkouts), corpus.repositories_per_task):
         some = checkouts[first : first + corpus.repositories_per_task]
         yield {
@@ -111,12 +116,15 @@ def _distinct(checkouts: list[Checkout]) -> list[Checkout]:
 
 def _described(checkout: Checkout, discussions: str | None) -> dict:
     """JSON values that change when the documents may have."""
-    path = Path(discussions).expanduser().absolute() / f"{checkout.name}.jsonl" if discussions else None
     told = {}
-    if path is not None and path.is_file():
+    if discussions is not None and (path := _discussions_of(checkout, discussions)).is_file():
         status = path.stat()
         told = {"discussions": str(path), "of": f"{status.st_size} {status.st_mtime_ns}"}
     return asdict(checkout) | told | ({} if checkout.commit else {"identity": _folder_identity(checkout.path)})
+
+
+def _discussions_of(checkout: Checkout, discussions: str) -> Path:
+    return Path(discussions).expanduser().absolute() / f"{checkout.name}.jsonl"
 
 
 def _folder_identity(path: str) -> str:

@@ -107,6 +107,7 @@ def _repository_drafts(given: dict, tokens: Tokens, counts: Counts) -> Iterator[
         yield from (_held_out_alike(draft, given) for draft in drafts)
         discussions = read_discussions(Path(entry["discussions"]), counts.left_out) if "discussions" in entry else {}
         counts.read["issues and pull requests"] += len(discussions)
+        counts.read["repositories with discussions"] += "discussions" in entry
         if checkout.git_dir and (discussions or corpus.commits):
             contexts = Contexts(checkout, discussions, encode, tokens.end, corpus.document_tokens, counts.dropped, counts.left_out)
             yield from (_held_out_alike(draft, given) for draft in contexts.documents(corpus.commits))

@@ -35,6 +35,6 @@ def prepared_corpus(folder: RunFolder, name: str, *, asked_by: str) -> Prepared:
         raise DataError(
             asked_by, f"corpus {name!r}, which is not in {folder.prepared}",
             "one of " + ", ".join(sorted(known)) if known else "a corpus that a prepare stage made; none has run in this run folder",
-            f"run the prepare stage that makes {name.partition('/')[0]} (its name ends in _prepare in the run file), or correct the mixture",
+            f"run the prepare stage that makes {name.partition('/')[0]} (prepare_pretrain or prepare_midtrain), or correct the mixture",
         )
     return known[name]

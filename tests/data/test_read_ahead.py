@@ -10,6 +10,7 @@ from glm.data.batches import Batches, manifest_path
 from glm.data.prepare import prepare
 from glm.data.read_ahead import ReadAhead
 from glm.errors import DataError, DataWorkerError
+from glm.recipe.sections import Source
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def recipe(tiny_stages, run_folder, tmp_path):
     for i in range(150):
         (folder / f"{i:03}.txt").write_text("".join(f"file{i}word{j} " for j in range(1 + i % 40)))
     recipe = tiny_stages["midtrain_repo_code"]
-    recipe = with_data(recipe, documents=str(folder))
+    built_in = {name: Source(corpus=name, share=0.5) for name in ("repositories", "dialogues")}
+    recipe = with_data(recipe, documents=str(folder), sources=built_in)
     prepare(recipe, run_folder)
     return recipe
 

@@ -139,6 +139,9 @@ def test_what_cannot_be_read_is_told_before_anything_is_made(stages, run_folder,
     with pytest.raises(DataError, match="plain folder(.|\n)*2 of 3 repositories will not do(.|\n)*fresh"):
         main(stage(stages, run_folder, material, repositories={"repositories": wrong}))
     assert not list(run_folder.data.glob("*"))
+    calculator = wrong.model_copy(update={"paths": (str(tmp_path / "calculator"),), "discussions": str(tmp_path / "plain")})
+    with pytest.raises(DataError, match="repositories.repositories.discussions(.|\n)*without a file for any of 1(.|\n)*calculator.jsonl"):
+        main(stage(stages, run_folder, material, repositories={"repositories": calculator}))
     with pytest.raises(DataError, match="corpus reasoning(.|\n)*1 records that cannot be read(.|\n)*at most 0"):
         main(stage(stages, run_folder, material, broken_limit=0))
     with pytest.raises(RecipeError, match="corpora of different names, not repositories twice"):
