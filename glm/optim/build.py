@@ -109,6 +109,7 @@ class TrainOptimizer:
                 [self.momenta[param] for param in bucket], [self.places[param].cut for param in bucket],
                 fused=self.fused, momentum=settings.momentum, nesterov=settings.nesterov,
                 polynomials=polynomials(settings.coefficients, settings.newton_schulz_steps), update_rms=settings.update_rms,
+                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.newton_schulz_dtype],
             )
             torch._foreach_mul_(weights, 1 - lr * settings.weight_decay)
             torch._foreach_add_(weights, updates, alpha=-lr)

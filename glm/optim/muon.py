@@ -12,6 +12,8 @@ from glm.optim.newton_schulz import Coefficients, Cut, newton_schulz, newton_sch
 
 BUCKET_ELEMENTS = 1 << 26
 """How much is orthogonalised or sent at once, 256 MB in fp32, unless one matrix is larger."""
+CACHED_ELEMENTS = 1 << 17
+"""How much a CPU orthogonalises at once: its cache holds that and its products, and small matrices are done twice as fast."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,13 @@ def split_matrices(name: str, tensor: torch.Tensor, cut: Cut | None, fused: Fuse
 def muon_updates(
     names: list[str], grads: list[torch.Tensor], momenta: list[torch.Tensor], cuts: list[Cut | None], *,
     fused: Fused, momentum: float, nesterov: bool, polynomials: Coefficients, update_rms: float,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
     """The update of each parameter, to be multiplied by the learning rate and subtracted. ``momenta`` change in place.
 
     Scaled by update_rms * sqrt(max(m, n)) of the whole m x n matrix, so that an orthogonal update has root mean square
     ``update_rms`` (report 2.4; Moonlight, arXiv 2502.16982). Matrices of one shape are orthogonalised in one batch.
-    Needs three times the memory of the parameters, and at most four times BUCKET_ELEMENTS.
+    ``dtype`` is that of the orthogonalisation. Needs three times the memory of the parameters, and at most four times BUCKET_ELEMENTS.
     ``cuts`` says which parameters are tensor-parallel shards; then this is collective, with the same names in the same order.
     """
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
@@ -78,10 +81,11 @@ def muon_updates(
     for indices in _alike(pieces, piece_cuts):
         cut = piece_cuts[indices[0]]
         batch = torch.cat([pieces[index].reshape(-1, *pieces[index].shape[-2:]) for index in indices])
-        together = max(BUCKET_ELEMENTS // batch[0].numel(), cut.group.size() if cut else 1)
-        for part in batch.split(together):
-            part.copy_(newton_schulz_shards(part, cut, polynomials) if cut else newton_schulz(part, polynomials))
-        batch.mul_(update_rms * max(whole_shape(batch, cut)) ** 0.5)
+        scale = update_rms * max(whole_shape(batch, cut)) ** 0.5
+        at_once = min(CACHED_ELEMENTS, BUCKET_ELEMENTS) if batch.is_cpu and not cut else BUCKET_ELEMENTS
+        for part in batch.split(max(at_once // batch[0].numel(), cut.group.size() if cut else 1)):
+            rounded = part.to(dtype)
+            part.copy_(newton_schulz_shards(rounded, cut, polynomials) if cut else newton_schulz(rounded, polynomials)).mul_(scale)
         counts = [pieces[index].shape[:-2].numel() for index in indices]
         for index, result in zip(indices, batch.split(counts)):
             done[index] = result.reshape(pieces[index].shape)

@@ -79,7 +79,7 @@ def table(groups: list[ParamGroup], sizes: list[tuple[int, int]], settings: Muon
     lines.append(f"{'all':<8}{tensors:>8}{parameters:>16,}{1:>8.0%}")
     if isinstance(settings, Muon):
         lines.append(
-            f"muon: {settings.newton_schulz_steps} Newton-Schulz steps ({settings.coefficients}), momentum {settings.momentum:g}"
+            f"muon: {settings.newton_schulz_steps} Newton-Schulz steps ({settings.coefficients}, {settings.newton_schulz_dtype}), momentum {settings.momentum:g}"
             f"{' (Nesterov)' * settings.nesterov}, update RMS {settings.update_rms:g}, qkv {settings.split.qkv}, gate and up {settings.split.gate_up}"
         )
     return "\n".join(lines)

@@ -198,6 +198,9 @@ class Muon(Section):
     newton_schulz_steps: Positive = 5
     coefficients: Literal["simple", "quintic", "polar_express"] = "simple"
     """Of the Newton-Schulz polynomials (glm/optim/newton_schulz.py). Open in P; simple is Moonlight's and torch's, quintic megatron's."""
+    newton_schulz_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the Newton-Schulz steps compute in; momentum and weights are fp32 always. Open in P. bf16, torch's choice, is several times
+    faster on a GPU, halves what shards exchange, and changes an update by about 1 %."""
     update_rms: NonNegative = 0.2
     split: Split = Split()
     head: Literal["adamw", "muon"] = "adamw"

@@ -78,7 +78,7 @@ def test_head_and_router_follow_the_rule_the_recipe_names(settings, head, router
 def test_the_choices_the_report_leaves_open_are_printed_at_the_start():
     table = trainer(optimizer={"head": "muon", "split": {"qkv": "per_head"}}).optimizer.table
     assert "matrices, output head" in table and "embedding, router" in table
-    assert "5 Newton-Schulz steps (simple), momentum 0.95 (Nesterov), update RMS 0.2, qkv per_head, gate and up separate" in table
+    assert "5 Newton-Schulz steps (simple, fp32), momentum 0.95 (Nesterov), update RMS 0.2, qkv per_head, gate and up separate" in table
     assert "Newton-Schulz" not in trainer(optimizer={"name": "adamw"}).optimizer.table
 
 
