@@ -43,11 +43,5 @@ def run(recipe_path: Path) -> int:
     return 0
 
 
-# megatron's checkpoint writer spawns processes that import this module again under another name. One of them, the manager
-# of its queue, would wait for ever for a rank that was killed (filesystem_async.py:55).
-if __name__ == "__mp_main__":
-    from glm.platform.lifetime import die_with_parent
-
-    die_with_parent()
 if __name__ == "__main__":
     sys.exit(run(Path(sys.argv[1])))

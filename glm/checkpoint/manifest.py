@@ -6,6 +6,7 @@ the tensor's name, and a reader of some tensors need not read the others.
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from glm.recipe.sections import Model
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
+_READERS = 4
+"""Threads of one process that digest at a time: one does 1.4 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,14 @@ def verify(checkpoint: Path, share: int = 0, shares: int = 1) -> bool:
         total, before = sum(part["bytes"] for _, _, part in listed), 0
     except (KeyError, TypeError, AttributeError) as error:
         _corrupt(checkpoint / MANIFEST, checkpoint / MANIFEST, f"{type(error).__name__}: {str(error)[:200]}", "the manifest as it was written")
+    own = []
     for name, label, part in listed:
         if before * shares // max(1, total) == share:
-            check_part(checkpoint / name, label, part)
+            own.append((checkpoint / name, label, part))
         before += part["bytes"]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(lambda arguments: check_part(*arguments), own):
+            pass
     return all(parts(entry) for entry in files.values())
 
 

@@ -11,18 +11,20 @@ MILESTONE = "milestone"
 _LEAVING = ".leaving.tmp"
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Removes the oldest beyond ``keep``; milestones neither go nor count."""
+def retire_old(folder: Path, keep: int) -> list[Path]:
+    """Takes their names from the oldest beyond ``keep``; milestones neither go nor count. Returns what is left to delete."""
     steps = [step for step in checkpoint_steps(folder) if not (folder / step_folder(step) / MILESTONE).exists()]
-    for step in steps[:-keep]:
-        remove(folder / step_folder(step))
+    return [_retire(folder / step_folder(step)) for step in steps[:-keep]]
 
 
 def remove(checkpoint: Path) -> None:
+    shutil.rmtree(_retire(checkpoint))
+
+
+def _retire(checkpoint: Path) -> Path:
     leaving = checkpoint.with_name(f".{checkpoint.name}{_LEAVING}")
     shutil.rmtree(leaving, ignore_errors=True)
-    checkpoint.rename(leaving)
-    shutil.rmtree(leaving)
+    return checkpoint.rename(leaving)
 
 
 def clear_drafts(folder: Path) -> None:

@@ -6,6 +6,7 @@ removes old checkpoints. At most one save is under way.
 """
 
 import shutil
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from glm.checkpoint.background import expect_results, gather_digests, in_background
 from glm.checkpoint.manifest import MANIFEST, CheckpointInfo, digest_files, seal, step_folder
-from glm.checkpoint.retention import MILESTONE, clear_drafts, remove, remove_old
+from glm.checkpoint.retention import MILESTONE, clear_drafts, remove, retire_old
 from glm.checkpoint.run_folder import sync, write_json
 from glm.checkpoint.state import params_type, sharded_state, stored_bytes
 from glm.errors import PlatformError
@@ -66,6 +67,7 @@ class CheckpointWriter:
         self._calls = AsyncCallsQueue()
         self._under_way: _UnderWay | None = None
         self._validated = False
+        self._deleting: list[threading.Thread] = []
         if runtime.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             clear_drafts(folder)
@@ -99,8 +101,11 @@ class CheckpointWriter:
         return self._end(blocking=False)
 
     def finish(self) -> Written | None:
-        """Waits for the save under way, if there is one, and publishes it."""
-        return self._end(blocking=True)
+        """Waits for the save under way, if there is one, publishes it, and has deleted what it replaced."""
+        written = self._end(blocking=True)
+        while self._deleting:
+            self._deleting.pop().join()
+        return written
 
     def _end(self, blocking: bool) -> Written | None:
         if self._under_way is None:
@@ -122,7 +127,9 @@ class CheckpointWriter:
         if self.runtime.is_first:
             try:
                 _name(save.draft, final, save.manifest, save.milestone)
-                remove_old(self.folder, self.keep)
+                for old in retire_old(self.folder, self.keep):  # its files take long to delete where they are large
+                    self._deleting.append(threading.Thread(target=shutil.rmtree, args=(old, True)))
+                    self._deleting[-1].start()
             except OSError as error:
                 failure = [error]
         dist.broadcast_object_list(failure, src=0)

@@ -23,10 +23,12 @@ def equal(folder, whole, stage: str = STAGE) -> None:
 
 
 def test_a_stage_killed_three_times_in_a_row_ends_bitwise_like_one_that_was_not(whole, text):
-    """The first kill is inside the batch ramp; a start that was killed before a new checkpoint continues from the same one again."""
+    """The first kill is inside the batch ramp; a start that was killed before a new checkpoint continues from the same one again.
+
+    Every start has another number of workers that read data ahead."""
     folder = start_of(whole, "killed_thrice")
-    for step in (2, 4, 4):
-        with Ranks(folder, text) as ranks:
+    for step, workers in ((2, 0), (4, 2), (4, 1)):
+        with Ranks(folder, text, f"{STAGE}.data.workers={workers}") as ranks:
             ranks.until(lambda: has(folder, step)() and max(numbers(folder), default=0) > step)
     said = completed(folder, text)
     assert "continues after step" in said and "bit for bit" not in said
