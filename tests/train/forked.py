@@ -1,5 +1,6 @@
 """Training stages in forks of the test process, which has imported everything: a start costs a second, so a test can have many."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -48,6 +49,7 @@ class Ranks:
         self.status: dict[int, int] = {}
 
     def _fork(self, rank: int, port: int, recipe: Path) -> int:
+        faulthandler.cancel_dump_traceback_later()    # pytest's timer: its thread is not in the fork, and the rank's own waits for it
         process = os.fork()
         if process:
             return process
@@ -160,7 +162,7 @@ def part_of(run: Path, name: str, steps: tuple[int, ...], stage: str = STAGE) ->
 
 def numbers(folder: Path, stage: str = STAGE) -> dict[int, tuple]:
     """{step: what training logged of it that is a function of the data}."""
-    names = ("train/loss", "train/mtp_loss", "train/grad_norm", "balance/bias_max", "balance/load", "train/run_tokens")
+    names = ("train/loss", "train/mtp_loss", "train/grad_norm", "balance/bias_max", "balance/max_over_mean", "train/run_tokens")
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]    # the last one may be half written
