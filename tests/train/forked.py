@@ -21,11 +21,13 @@ from tests.runs import TINY
 STAGE = "pretrain_general"
 SMALL = (
     "tokenizer.tokenizer.vocab_size=512", "tokenizer.tokenizer.sample_bytes=200_000", "model.vocab_size=512", "model.num_layers=2",
-    "model.hidden_size=64", "model.dense_ffn_size=128", "model.expert_ffn_size=32", "launcher.ranks_per_node=1", "layout.ep=1",
+    "model.hidden_size=64", "model.dense_ffn_size=128", "model.expert_ffn_size=32",
     *(f"{stage}.{key}" for stage in (STAGE, "pretrain_code_reasoning") for key in (
         "tokens=3584", "batch.tokens.start=256", "batch.tokens.end=512", "batch.tokens.over=1024", "batch.micro_batch_size=4",
         "schedule.warmup=512", "schedule.decay_until=6144", "checkpoint.every_steps=2",
+        "launcher.ranks_per_node=1", "layout.ep=1",
     )),
+    *(f"{stage}.batch.tokens=2048" for stage in ("midtrain_repo_code", "midtrain_reasoning")),    # their ramp is not over so early
 )
 """A stage of eight steps, the first four in the batch ramp, a model of 0.2 million parameters, a checkpoint every other step."""
 
