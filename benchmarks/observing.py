@@ -27,7 +27,7 @@ from glm import platform as platforms
 
 platforms.activate("host")
 
-from train_step import BATCHES, LR, ROTARY_BASE, SHAPES  # noqa: E402  (beside this file; imports megatron)
+from train import BATCHES, LR, ROTARY_BASE, SHAPES  # noqa: E402  (train.py beside this file; imports megatron)
 from glm.metrics.log import MetricLog  # noqa: E402
 from glm.recipe.schema import TrainRecipe  # noqa: E402
 from glm.recipe.sections import Logging, Model  # noqa: E402

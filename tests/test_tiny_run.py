@@ -16,7 +16,7 @@ LAYOUTS = (
 """Two ranks divided otherwise at every stage: each continues from a checkpoint of another layout."""
 SHORTENED = (
     "pretrain_general.tokens=40960", "pretrain_code_reasoning.tokens=20480", "midtrain_repo_code.tokens=4096",
-    "midtrain_reasoning.tokens=4096", "midtrain_long_context.tokens=4096", "midtrain_long_context.batch.tokens=4096",    # interleaved: two rows at least
+    "midtrain_reasoning.tokens=4096", "midtrain_long_context.tokens=4096", "midtrain_long_context.batch.tokens=4096",  # two rows
     "sft_cold_start.tokens=20480",
     "rl_reasoning.rl.steps=3", "rl_reasoning.rollout.prompts_per_step=16", "rl_reasoning.evaluation.prompts=16",
     "rl_reasoning.evaluation.samples=4", "rl_reasoning.rl.drop_uniform_groups=false",

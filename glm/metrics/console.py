@@ -7,9 +7,9 @@ from glm.metrics.read import as_number
 
 # Fixed order: the eye finds a number where it was in the line above. (metric, label, format)
 _TRAIN = (
-    ("train/stage_tokens", "tokens", "tokens"), ("train/loss", "loss", ".4f"), ("train/mtp_loss", "mtp", ".4f"),
+    ("train/stage_tokens", "tokens", "tokens"), ("train/loss", "loss", ".4f"), ("train/mtp_loss", "mtp", ".4f"), ("mtp/accuracy", "mtp hits", ".3f"),
     ("train/lr", "lr", ".2e"), ("train/grad_norm", "grad", ".3f"), ("train/tokens_per_second", "tok/s", "tokens"),
-    ("balance/max_over_mean", "balance", ".2f"),
+    ("train/mfu", "MFU", ".1%"), ("balance/max_over_mean", "balance", ".2f"),
 )
 _RL = (
     ("rl/reward", "reward", ".3f"), ("rl/response_tokens", "reply tokens", ".1f"), ("rl/acceptance_length", "accepted", ".2f"),

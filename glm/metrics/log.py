@@ -19,7 +19,7 @@ class MetricLog:
 
     ``time_seconds`` counts the seconds the stage has run, over all its starts. Only rank 0 passes ``enabled=True``; on the
     others every method does nothing. One stage writes at a time. ``logging.every_steps`` thins the lines of steps;
-    the first, the last, evaluations and validations are always written. Raises PlatformError when wandb is asked for and missing.
+    the first, the last, detailed ones, evaluations and validations are always written. Raises PlatformError when wandb is asked for and missing.
     """
 
     def __init__(self, run_folder: Path, stage: str, *, total_steps: int | None, enabled: bool = True,
@@ -87,7 +87,7 @@ class MetricLog:
         self.close()
 
     def _is_due(self, step: int, metrics: dict) -> bool:
-        return (step % self.logging.every_steps == 0 or step == self.total_steps or not self._written_any
+        return (step % self.logging.every_steps == 0 or self.logging.is_detailed(step) or step == self.total_steps or not self._written_any
                 or any(name.startswith(_ALWAYS_KEPT) for name in metrics))
 
     def _seconds(self) -> float:

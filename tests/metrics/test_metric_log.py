@@ -107,6 +107,13 @@ def test_every_steps_thins_steps_but_keeps_the_last_and_the_evaluations(tmp_path
     assert _steps(tmp_path, "sft") == [1, 4, 8, 10, 7]
 
 
+def test_a_step_that_measured_everything_is_never_thinned_away(tmp_path):
+    with MetricLog(tmp_path, "sft", total_steps=10, logging=Logging(every_steps=4, detail_every_steps=3)) as log:
+        for step in range(1, 11):
+            log.line(step, {"train/loss": 1.0})
+    assert _steps(tmp_path, "sft") == [1, 3, 4, 6, 8, 9, 10]
+
+
 def test_of_two_lines_of_one_step_the_later_counts():
     rewards = [(2, 0.5), (1, 0.1), (1, 0.2)]
     lines = [{"step": step, "rl/reward": reward} for step, reward in rewards]
@@ -117,8 +124,8 @@ def test_of_two_lines_of_one_step_the_later_counts():
 def test_plain_lines_keep_one_order_whatever_order_they_are_logged_in():
     metrics = {"train/grad_norm": 1.5, "train/lr": 2.5e-4, "train/mtp_loss": 2.5, "train/loss": 2.25,
                "train/stage_tokens": 1_234_567, "train/tokens_per_second": 9876.0, "balance/max_over_mean": 1.5,
-               "balance/load": [[1.0]]}
-    expected = "tokens 1.23M  loss 2.2500  mtp 2.5000  lr 2.50e-04  grad 1.500  tok/s 9.88K  balance 1.50"
+               "balance/load": [[1.0]], "mtp/accuracy": 0.25, "train/mfu": 0.4}
+    expected = "tokens 1.23M  loss 2.2500  mtp 2.5000  mtp hits 0.250  lr 2.50e-04  grad 1.500  tok/s 9.88K  MFU 40.0%  balance 1.50"
     assert describe(metrics) == describe(dict(reversed(metrics.items()))) == expected
 
 

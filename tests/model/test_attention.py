@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from glm import platform
 
 platform.activate("host")
-from glm.model.attention import SDPAttention  # noqa: E402  (imports megatron)
+from glm.model import attention_logits  # noqa: E402  (imports megatron)
+from glm.model.attention import SDPAttention  # noqa: E402
 from glm.model.documents import Documents, context_places, lay_out  # noqa: E402
 from glm.train.batch import packed_batch  # noqa: E402
 
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def attention():
-    return SDPAttention(None, 1, None, "self", softmax_scale=0.25, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))
+    return SDPAttention(None, 1, None, "self", softmax_scale=0.25, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0)))
 
 
 def inputs(tokens: int):
@@ -84,3 +85,47 @@ def test_another_document_changes_nothing():
     after = attention()(query, key, value, packed_seq_params=pack(lengths))
     assert torch.equal(before[9:], after[9:])
     assert not torch.equal(before[:9], after[:9])
+
+
+def watched(query, key, documents) -> float:
+    one = attention()
+    one.watch.on = True
+    one(query, key, torch.zeros_like(key), packed_seq_params=documents)
+    return one.watch.take().item()
+
+
+def largest_by_hand(query, key, lengths) -> float:
+    """Of 4 query heads the first two look at the first key head; scale 0.25, as ``attention`` says."""
+    logits = torch.einsum("sbnd,rbnd->bnsr", query, key.repeat_interleave(2, dim=2)) * 0.25
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (document[:, None] == document[None, :]).tril()
+    return logits.masked_fill(~seen, -torch.inf).max().item()
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=LENGTHS, block=st.sampled_from([1, 500, 1 << 25]))
+def test_the_largest_logit_is_that_of_the_whole_matrix_whatever_the_blocks(lengths, block):
+    query, key, _ = inputs(sum(lengths))
+    before, attention_logits.BLOCK = attention_logits.BLOCK, block
+    try:
+        if sum(lengths) <= attention_logits.SAMPLED_QUERIES:
+            assert abs(watched(query, key, pack(lengths)) - largest_by_hand(query, key, lengths)) < 1e-5
+            assert abs(watched(query, key, None) - largest_by_hand(query, key, [sum(lengths)])) < 1e-5
+        else:
+            assert watched(query, key, pack(lengths)) <= largest_by_hand(query, key, lengths) + 1e-5
+    finally:
+        attention_logits.BLOCK = before
+
+
+def test_a_pair_that_attention_does_not_see_counts_in_no_largest_logit():
+    """By far the largest product is that of the first token of one document with the last one of the other, 40,000."""
+    for documents in (pack([4, 4]), pack([8])):
+        query, key, _ = inputs(8)
+        query[0], key[-1] = 100.0, 100.0
+        assert watched(query, key, documents) < 1000
+
+
+def test_of_a_long_row_the_last_query_is_looked_at():
+    query, key, _ = inputs(1000)
+    query[-1], key[17] = 100.0, 100.0
+    assert watched(query, key, pack([1000])) == 0.25 * 100 * 100 * 16
