@@ -8,7 +8,9 @@ One Trainer on one rank, the same batch, three kinds of step in turns (A B C A B
 - every: loss by source and position, load, MaxVio, dead experts, biases, MTP, speed; the line of metrics.jsonl and of the console
 - detailed: that, and gradient and update of every part and layer, the largest attention logit of every layer, the load of every expert
 
-The last column is what a run pays: one step of ``logging.detail_every_steps`` is detailed, the others are not.
+A step's CPU time varies by more than observing costs when other work shares the machine, so the same work is also timed by itself
+(second table): smallest time of each part, over the bare step. What a run pays is a step of which one in ``logging.detail_every_steps``
+is detailed.
 """
 
 import argparse
@@ -29,6 +31,7 @@ platforms.activate("host")
 
 from train import BATCHES, LR, ROTARY_BASE, SHAPES  # noqa: E402  (train.py beside this file; imports megatron)
 from glm.metrics.log import MetricLog  # noqa: E402
+from glm.model.attention_logits import LogitWatch  # noqa: E402
 from glm.recipe.schema import TrainRecipe  # noqa: E402
 from glm.recipe.sections import Logging, Model  # noqa: E402
 from glm.train.batch import plain_batch  # noqa: E402
@@ -93,6 +96,48 @@ class Steps:
         return time.process_time() - started
 
 
+def smallest(work, repeats: int) -> float:
+    """CPU-seconds."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        seconds.append(time.process_time() - started)
+    return min(seconds)
+
+
+def parts(steps: Steps, repeats: int) -> dict[str, float]:
+    """CPU-seconds of what observing adds to a step, one part after the other."""
+    trainer, observer, batch = steps.trainer, steps.seeing, steps.batch
+    trainer.observer = observer
+    losses, plan = torch.rand(batch.token_ids.shape), plan_step(steps.recipe, Progress())
+    outcome = trainer.step([batch], steps.loss, lr=LR, mtp_weight=0.3, bias_update_rate=1e-3)
+    shape = steps.recipe.model
+    query, key = (torch.randn(*batch.token_ids.t().shape, heads, shape.head_dim) for heads in (shape.num_attention_heads, shape.num_query_groups))
+
+    def line():
+        steps.number += 1
+        steps.log.line(steps.number, steps.told(plan, Progress().after(plan), outcome, 1.0, {}))
+
+    def collect():
+        observer.begin(detailed=False)
+        observer.note_load()
+        observer.collect()
+
+    def detail():
+        observer.begin(detailed=True)
+        observer.before_update()
+        observer.after_update(LR)
+
+    trainer.accumulate([batch], steps.loss, mtp_weight=0.3, bias_update_rate=0.0)
+    seen = smallest(lambda: LogitWatch().see(query, key, 0.1, batch.documents, 0, 1), repeats)
+    return {
+        "loss by part": smallest(lambda: steps.loss(losses, batch), repeats) - smallest(lambda: next_token_loss(losses, batch), repeats),
+        "collected": smallest(collect, repeats), "line": smallest(line, repeats),
+        "gradients and updates": smallest(detail, repeats), "logits": seen * len(observer.watches),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["tiny", "29m"], choices=list(SHAPES))
@@ -101,8 +146,7 @@ def main() -> None:
     torch.set_num_threads(1)
     every = Logging().detail_every_steps
     print(f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, one thread\n")
-    print(f"| shape | tokens | bare, ms | every step, ms | detailed, ms | every step | detailed | one of {every} detailed |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    in_turns, alone = [], []
     for shape in options.shapes:
         rows, length = BATCHES[shape]
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
@@ -113,11 +157,19 @@ def main() -> None:
                     seconds = steps.step(kind)
                     if turn >= 2:
                         best[kind] = min(best[kind], seconds)
-        bare, plain, detailed = (best[kind] for kind in KINDS)
-        mean = ((every - 1) * plain + detailed) / every
-        times = " | ".join(f"{1000 * seconds:.1f}" for seconds in (bare, plain, detailed))
-        shares = " | ".join(f"{seconds / bare - 1:+.1%}" for seconds in (plain, detailed, mean))
-        print(f"| {shape} | {rows * length:,} | {times} | {shares} |")
+            added = parts(steps, 2 * options.repeats)
+        in_turns.append([shape, f"{rows * length:,}", *(f"{1000 * best[kind]:.1f}" for kind in KINDS)])
+        plain = added["loss by part"] + added["collected"] + added["line"]
+        mean = plain + (added["gradients and updates"] + added["logits"]) / every
+        alone.append([shape, *(f"{1000 * seconds:.2f}" for seconds in added.values()), *(f"{seconds / best['bare']:.2%}" for seconds in (plain, mean))])
+    print_table(["shape", "tokens", *(f"{kind}, ms" for kind in KINDS)], in_turns)
+    print_table(["shape", *(f"{name}, ms" for name in added), "share of every step", f"share with one of {every} detailed"], alone)
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows):
+        print(f"| {' | '.join(cells)} |")
+    print()
 
 
 if __name__ == "__main__":
