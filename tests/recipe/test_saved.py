@@ -31,7 +31,7 @@ def test_what_changes_the_result_changes_the_fingerprint(override):
 
 
 def test_another_layout_or_machine_is_the_same_stage_up_to_rounding():
-    overrides = ("layout.ep=1", "layout.tp=2", "launcher.threads_per_rank=2")
+    overrides = ("layout.ep=1", "layout.tp=2", "midtrain_long_context.layout.cp=1", "launcher.threads_per_rank=2")
     assert prints(*overrides) == prints()
     old, new = (load_run(TINY, list(given)).stages["pretrain_general"] for given in ((), overrides))
     assert differing_keys(old, new) == []
