@@ -12,7 +12,7 @@ def part_figures(stages: list[Stage]) -> list[str]:
     drawn = [
         (_by_part(stages, "source/loss/", str, "loss"), "Loss of every source of the mixtures."),
         (_by_part(stages, "validation/source/", str, "validation loss", kind="dots"), "Loss of held-out rows, by source."),
-        (_by_part(stages, "position/loss/", _position, "loss"), "Loss by how far into its document a token stands; the label is the end of a band."),
+        (_by_part(stages, "position/loss/", _position, "loss"), "Loss by how far into its document a token stands: the end of a band."),
         (_phases(stages), "Seconds of a step by phase. Writing the line and saving count in the step after."),
     ]
     shown = [page.figure(svg, caption, index == 0) for index, (svg, caption) in enumerate(drawn) if svg]

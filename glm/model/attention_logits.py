@@ -26,7 +26,10 @@ class LogitWatch:
         return taken
 
     @torch.no_grad()
-    def see(self, query_SBND: torch.Tensor, key_RBGD: torch.Tensor, scale: float, documents: Documents | None, cp_rank: int, cp_size: int):
+    def see(
+        self, query_SBND: torch.Tensor, key_RBGD: torch.Tensor, scale: float, documents: Documents | None, cp_rank: int, cp_size: int,
+    ) -> None:
+        """Documents None: whole causal rows."""
         places_S, starts_S = _places(query_SBND.shape[0], documents, cp_rank, cp_size, query_SBND.device)
         found = largest_logit(query_SBND, key_RBGD, places_S, starts_S, scale)
         self.largest = found if self.largest is None else torch.maximum(self.largest, found)

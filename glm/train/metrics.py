@@ -49,7 +49,7 @@ class StepMetrics:
         return told | {f"phase/{name}_seconds": spent for name, spent in (phases or {}).items()}
 
     def _speed(self, outcome: StepOutcome, seconds: float) -> dict:
-        """Operations of forward and backward on the tokens there were (glm.model.size), a rank and second; recomputation is not counted."""
+        """Operations of forward and backward on the tokens there were (glm.model.size), a rank and second, without recomputation."""
         flops = training_flops_per_token(self.recipe.model, 2 * outcome.attended)
         tflops = outcome.tokens * flops / seconds / self.recipe.world_size / 1e12
         peak = self.recipe.device.peak_tflops

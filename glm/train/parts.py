@@ -8,7 +8,8 @@ PARTS = ("embedding", "output", "attention", "dense", "experts", "router", "norm
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _MATRICES = (
-    ("embedding.", "embedding"), ("output_layer.", "output"), (".experts.", "experts"), (".router.", "router"), (".self_attention.", "attention"),
+    ("embedding.", "embedding"), ("output_layer.", "output"), (".experts.", "experts"), (".router.", "router"),
+    (".self_attention.", "attention"),
 )
 
 

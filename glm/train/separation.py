@@ -23,7 +23,7 @@ UNIT = 16
 def check_documents_apart(trainer: Trainer) -> str:
     """What was shown, in one line. Collective over all ranks. Raises NumericsError on all of them when a document leaks on any."""
     layout, device = trainer.recipe.layout, trainer.device
-    modules = [(name, module) for name, module in named_modules(trainer.chunks) if name.endswith("core_attention")]
+    modules = [one for one in named_modules(trainer.chunks) if one[0].endswith("core_attention")]
     probed = [*modules[:1], *(one for one in modules[1:] if one[0].startswith("mtp."))]
     lengths = [3 * UNIT, UNIT, 4 * UNIT]
     ids = [torch.zeros(length, dtype=torch.int64) for length in lengths]
@@ -44,8 +44,8 @@ def check_documents_apart(trainer: Trainer) -> str:
     where = f"{trainer.recipe.stage}: attention across packed documents"
     if others or own:
         raise NumericsError(
-            where, f"{others} probes in which a document changed what another one got, {own} in which it did not change its own",
-            "none", "do not train: attention of this build leaks between documents; set kernels.attention=sdpa, run pytest tests/model/test_attention.py",
+            where, f"{others} probes in which a document changed what another one got, {own} in which it did not change its own", "none",
+            "do not train: attention of this build leaks between documents; set kernels.attention=sdpa, run pytest tests/train/test_separation.py",
         )
     names = " and ".join(name.split(".self_attention")[0] for name, _ in probed)
     return f"{where} is zero: {len(lengths)} documents of {sum(lengths)} tokens, cp {layout.cp}, bit for bit on every rank ({names})"
