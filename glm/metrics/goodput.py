@@ -33,6 +33,12 @@ class Goodput:
         return self.seconds["training"] / self.total if self.total else 0.0
 
     @property
+    def metrics(self) -> dict[str, float]:
+        return {"goodput/share": round(self.share, 4)} | {
+            f"goodput/{name.replace('-', '_')}_seconds": round(seconds, 2) for name, seconds in self.seconds.items()
+        }
+
+    @property
     def sentence(self) -> str:
         parts = [(name, seconds) for name, seconds in self.seconds.items() if name == "training" or seconds >= 0.05]
         return f"goodput {100 * self.share:.1f} %: " + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts)

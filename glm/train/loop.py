@@ -92,8 +92,9 @@ def train(recipe: TrainRecipe) -> None:
         watchdog.beat("the end of the stage")
         checkpoints.close(progress)
         log.line(progress.step, validation_metrics(validate(trainer, recipe, batches, runtime, recipe.validation.rows)))
-    if runtime.is_first and (told := goodput.of_stage(folder, recipe.stage)):
-        print(f"{recipe.stage}: {told.sentence}", flush=True)
+        if runtime.is_first and (told := goodput.of_stage(folder, recipe.stage)):
+            log.line(progress.step, told.metrics)
+            print(f"{recipe.stage}: {told.sentence}", flush=True)
     runtimes.stop()
 
 

@@ -9,6 +9,7 @@ given up, goes on from what is left, and leaves the recorded rows out. So a kill
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class Setbacks:
         if progress.step:
             checkpoint = self.folder.checkpoints(self.recipe.stage) / store.step_folder(progress.step)
             self.history = guard.History.of(store.read_info(checkpoint)[0].guard)
-        self.history = guard.History(self.history.losses, self.history.grad_norms, self.history.skipped, len(self.rollbacks))
+        self.history = replace(self.history, rollbacks=len(self.rollbacks))
         if self.is_first:
             self._write_skipped([record for record in self._read_skipped() if record["step"] <= progress.step])
 
@@ -82,11 +83,8 @@ class Setbacks:
                 self._record(plan, outcome, batches)
             if guard.must_roll_back(self.history, settings):
                 self._roll_back(step)
-        return {"fault/skipped_steps": len(self.history.skipped), "fault/rollbacks": len(self.rollbacks)} if self.any else {}
-
-    @property
-    def any(self) -> bool:
-        return bool(self.history.skipped or self.rollbacks)
+        told = {"fault/skipped_steps": len(self.history.skipped), "fault/rollbacks": len(self.rollbacks)}
+        return told if any(told.values()) else {}
 
     def _pieces(self, first: int, count: int) -> list[tuple[int, int]]:
         return guard.leave_out(first, count, [tuple(rows) for rollback in self.rollbacks for rows in rollback["rows"]])

@@ -26,6 +26,7 @@ def test_every_second_is_counted_once():
     assert told.total == 36 + 15 + 16 + 30 + 3 and told.share == pytest.approx(0.28)
     assert told.sentence.startswith("goodput 28.0 %: training 28 s, start-up 15 s, data 2 s")
     assert "validation" not in told.sentence
+    assert told.metrics["goodput/share"] == 0.28 and told.metrics["goodput/start_up_seconds"] == 15.0
 
 
 def test_lines_of_every_tenth_step_stand_for_ten():
