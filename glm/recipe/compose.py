@@ -44,7 +44,8 @@ class Run:
         """Stages whose results this one reads: its parent, the tokenizer that comes before it, and those that prepared its sources."""
         recipe, before = self.stages[stage], list(self.stages)[: list(self.stages).index(stage)]
         tokenizers = [name for name in before if isinstance(self.stages[name], TokenizerRecipe)][-1:]
-        read = {source.corpus.split("/")[0] for source in recipe.data.sources.values()} if isinstance(recipe, TrainRecipe) else set()
+        corpora = [source.corpus for source in recipe.data.sources.values()] if isinstance(recipe, TrainRecipe) else []
+        read = {corpus.split("/")[0] for corpus in corpora if "/" in corpus}    # without one it is built in, whatever a stage prepares
         prepared = [name for name in before if isinstance(self.stages[name], PreparingRecipe) and read & set(self.stages[name].prepares)]
         return tuple(dict.fromkeys(([recipe.parent] if recipe.parent else []) + tokenizers + prepared))
 
