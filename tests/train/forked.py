@@ -25,7 +25,7 @@ SMALL = (
     *(f"{stage}.{key}" for stage in (STAGE, "pretrain_code_reasoning") for key in (
         "tokens=3584", "batch.tokens.start=256", "batch.tokens.end=512", "batch.tokens.over=1024", "batch.micro_batch_size=4",
         "schedule.warmup=512", "schedule.decay_until=6144", "checkpoint.every_steps=2",
-        "launcher.ranks_per_node=1", "layout.ep=1",
+        "launcher.ranks_per_node=1", "layout.ep=1", "data.mixture=plain_text",
     )),
     *(f"{stage}.batch.tokens=2048" for stage in ("midtrain_repo_code", "midtrain_reasoning")),    # their ramp is not over so early
 )
