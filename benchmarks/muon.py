@@ -164,11 +164,15 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, torch {version('torch')}\n")
-    rows = [compare(name, given.repeats) for name in given.shapes]
     print("| matrices of | number | parameters | ours fp32, ms | torch fp32 | ours bf16 | torch bf16 | AdamW | ours / torch, fp32 | bf16 |")
-    print("| --- |" + " ---: |" * 9 + "\n" + "\n".join(times for times, _ in rows))
+    print("| --- |" + " ---: |" * 9)
+    errors = []
+    for name in given.shapes:
+        times, differences = compare(name, given.repeats)
+        errors.append(differences)
+        print(times, flush=True)
     print("\n| matrices of | ours fp32 to float64 | ours bf16 to float64 | torch to float64 | ours fp32 to torch | ours bf16 to torch |")
-    print("| --- |" + " ---: |" * 5 + "\n" + "\n".join(errors for _, errors in rows))
+    print("| --- |" + " ---: |" * 5 + "\n" + "\n".join(errors), flush=True)
     print("\n| model | FLOP of Muon a step | tokens of a step | share of the step | on the busiest rank |\n| --- | ---: | ---: | ---: | ---: |")
     print(shares())
 

@@ -30,7 +30,7 @@ FOUR = [
 
 CHOICES = {
     "per head": Muon(split=Split(qkv="per_head")), "fused": Muon(split=Split(qkv="fused", gate_up="fused")),
-    "head and router": Muon(head="muon", router="muon"), "adamw": AdamWAlone(name="adamw"),
+    "head and router": Muon(head="muon", router="muon"), "bf16": Muon(newton_schulz_dtype="bf16"), "adamw": AdamWAlone(name="adamw"),
 }
 """What else the recipe can ask for; the default is in every other test."""
 
