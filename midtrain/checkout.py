@@ -36,7 +36,8 @@ def git(git_dir: str, *words: str, given: bytes | None = None, allow: tuple[int,
         raise PlatformError("git", "no such command", "git 2.30 or newer in PATH", "install git") from error
     if done.returncode not in allow:
         reason = done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}"
-        raise DataError(str(git_dir), f"git {words[0]}: {reason}", "a git repository that can be read", "mend it (git fsck), or leave it out")
+        todo = "mend it (git fsck), or leave it out"
+        raise DataError(str(git_dir), f"git {words[0]}: {reason}", "a git repository that can be read", todo)
     return done.stdout
 
 
@@ -55,12 +56,15 @@ def open_checkout(name: str, path: Path, *, history: bool) -> Checkout:
     head = git(git_dir, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", allow=(0, 1, 128)).decode().strip()
     if not head:
         git(git_dir, "rev-parse", "--git-dir")    # says what is wrong if it is no repository at all
-        raise DataError(str(path), "a repository without commits", "at least one commit", "commit or check out something, or leave it out")
+        todo = "commit or check out something, or leave it out"
+        raise DataError(str(path), "a repository without commits", "at least one commit", todo)
     if git(git_dir, "config", "--get-regexp", r"^(remote\..*\.promisor|extensions\.partialclone)$", allow=(0, 1)):
-        raise DataError(str(path), "a partial clone: git would download its files one by one", "a full clone", "git fetch --refetch --no-filter")
+        found = "a partial clone: git would download its files one by one"
+        raise DataError(str(path), found, "a full clone", "git fetch --refetch --no-filter")
     if history and git(git_dir, "rev-parse", "--is-shallow-repository").strip() == b"true":
         raise DataError(
-            str(path), "a shallow clone", "the history: commits and pull requests are asked for", "git fetch --unshallow, or ask for no history"
+            str(path), "a shallow clone", "the history: commits and pull requests are asked for",
+            "git fetch --unshallow, or ask for no history",
         )
     return Checkout(name, str(path), str(git_dir), head)
 
@@ -111,7 +115,8 @@ def read_objects(git_dir: str, objects: list[str]) -> Iterator[bytes | None]:
     if not objects:
         return
     process = subprocess.Popen(
-        ["git", f"--git-dir={git_dir}", *QUIET, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ["git", f"--git-dir={git_dir}", *QUIET, "cat-file", "--batch"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )
     try:
         for object_id in objects:

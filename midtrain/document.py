@@ -15,7 +15,7 @@ def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draft:
-    """``ids``: uint32; they end with the token that ends the document. ``key``: documents of one key are held out for validation together."""
+    """``ids``: uint32; they end with the token that ends the document. ``key``: documents of one key are held out together."""
 
     bucket: str
     label: str

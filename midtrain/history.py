@@ -9,9 +9,13 @@ from midtrain.checkout import Checkout, git
 from midtrain.selection import reason_of_path
 
 COMMITS_AT_ONCE = 128
+DIFF = ("diff-tree", "-r", "-p", "-M", "--no-color", "--no-ext-diff", "--no-textconv")
+"""Git's plumbing, without anything a user's settings could change."""
 PULL_REQUEST = re.compile(r"\(#(\d+)\)\s*$|^Merge pull request #(\d+) ")
 BOT = re.compile(r"\[bot\]$|^(dependabot|renovate|github-actions|greenkeeper|pre-commit-ci)\b", re.IGNORECASE)
-TRAILER = re.compile(r"^(signed-off-by|co-authored-by|reviewed-by|acked-by|tested-by|reported-by|cc|change-id|git-svn-id):.*\n?", re.IGNORECASE | re.MULTILINE)
+TRAILER = re.compile(
+    r"^(signed-off-by|co-authored-by|reviewed-by|acked-by|tested-by|reported-by|cc|change-id|git-svn-id):.*\n?", re.IGNORECASE | re.MULTILINE
+)
 NOT_SHOWN = re.compile(r"^(index [0-9a-f]+\.\.|similarity index |dissimilarity index )[^\n]*\n", re.MULTILINE)
 BEFORE = re.compile(r"^(?:--- a/|rename from )([^\n\t]+)", re.MULTILINE)
 AFTER = re.compile(r"^(?:\+\+\+ b/|rename to )([^\n\t]+)", re.MULTILINE)
@@ -64,10 +68,8 @@ def changes(checkout: Checkout, ids: Iterable[str], left_out: Counter) -> Iterat
     ids = list(ids)
     for first in range(0, len(ids), COMMITS_AT_ONCE):
         some = ids[first : first + COMMITS_AT_ONCE]
-        shown = git(
-            checkout.git_dir, "diff-tree", "--stdin", "-r", "-p", "-M", "--root", "--no-color", "--no-ext-diff", "--no-textconv", "--format=%x00%H%x00",
-            given="".join(f"{identity}\n" for identity in some).encode(),
-        )
+        listed = "".join(f"{identity}\n" for identity in some).encode()
+        shown = git(checkout.git_dir, *DIFF, "--stdin", "--root", "--format=%x00%H%x00", given=listed)
         parts = re.split(rb"^\x00([0-9a-f]{40,64})\x00\n", shown, flags=re.MULTILINE)
         diffs = dict(zip((identity.decode() for identity in parts[1::2]), parts[2::2]))
         for identity in some:
@@ -75,8 +77,7 @@ def changes(checkout: Checkout, ids: Iterable[str], left_out: Counter) -> Iterat
 
 
 def change_between(checkout: Checkout, base: str, tip: str, left_out: Counter) -> Change:
-    shown = git(checkout.git_dir, "diff-tree", "-r", "-p", "-M", "--no-color", "--no-ext-diff", "--no-textconv", base, tip)
-    return _change(shown, left_out)
+    return _change(git(checkout.git_dir, *DIFF, base, tip), left_out)
 
 
 def _change(diff: bytes, left_out: Counter) -> Change:

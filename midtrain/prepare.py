@@ -55,7 +55,8 @@ def make(folder: RunFolder, name: str, tasks: dict[str, dict], pool: Executor | 
     if broken > broken_limit:
         first = next(words for one in facts for words in one["first_broken"])
         raise DataError(
-            f"corpus {name}", f"{broken} records that cannot be read, the first:\n            {first}", f"at most {broken_limit} (broken_limit)",
+            f"corpus {name}", f"{broken} records that cannot be read, the first:\n            {first}",
+            f"at most {broken_limit} (broken_limit)",
             "correct or remove them, or raise broken_limit",
         )
     return facts
@@ -81,7 +82,8 @@ def register(folder: RunFolder, facts: dict[str, list[dict]], tokenizer: str) ->
                 buckets.setdefault(bucket, []).append(shard["name"])
         together = [shard for bucket in sorted(buckets) for shard in buckets[bucket]]
         if not together:
-            raise DataError(f"corpus {name}", f"no document in {len(tasks)} tasks", "something to train on", f"see {folder.data}/{name}-tasks")
+            found, todo = f"no document in {len(tasks)} tasks", f"see what was left out: {folder.data / f'{name}-tasks'}"
+            raise DataError(f"corpus {name}", found, "something to train on", todo)
         for bucket, shards in [*sorted((bucket, shards) for bucket, shards in buckets.items() if bucket != ALL), (ALL, together)]:
             entries[f"{name}/{bucket}"] = _corpus(folder.data, name, bucket, shards, tokenizer)
     before = json.loads(folder.prepared.read_text(encoding="utf-8")) if folder.prepared.is_file() else {}

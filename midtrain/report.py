@@ -15,7 +15,8 @@ def report(stage: str, data: Path, facts: dict[str, list[dict]]) -> None:
     write_json(data / f"{stage}_report.json", content)
     write_atomically(data / f"{stage}_report.md", as_markdown(stage, content))
     for name, corpus in content.items():
-        buckets = ", ".join(f"{bucket} {one['documents']:,} documents {one['tokens']:,} tokens" for bucket, one in corpus["buckets"].items())
+        sizes = corpus["buckets"].items()
+        buckets = ", ".join(f"{bucket} {one['documents']:,} documents {one['tokens']:,} tokens" for bucket, one in sizes)
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in corpus["dropped"].items())
         print(f"{stage}: {name}: {buckets}" + (f"; not made: {dropped}" if dropped else ""), flush=True)
     print(f"{stage}: report in {data / f'{stage}_report.md'}", flush=True)
@@ -43,7 +44,8 @@ def as_markdown(stage: str, content: dict[str, dict]) -> str:
         lines += [f"## {name}", "", "| | documents | tokens |", "| --- | --: | --: |"]
         lines += [f"| {bucket} | {one['documents']:,} | {one['tokens']:,} |" for bucket, one in corpus["buckets"].items()]
         for key, said in SAID.items():
-            lines += ["", f"{said[0].upper()}{said[1:]}: " + (", ".join(f"{count:,} {what}" for what, count in corpus[key].items()) or "nothing") + "."]
+            counted = ", ".join(f"{count:,} {what}" for what, count in corpus[key].items())
+            lines += ["", f"{said[0].upper()}{said[1:]}: {counted or 'nothing'}."]
         lines += ["", f"Broken records skipped: {corpus['broken_records']:,}.", ""]
         for bucket, samples in corpus["samples"].items():
             for sample in samples:

@@ -14,7 +14,9 @@ LOCKS = {
     "package-lock.json", "npm-shrinkwrap.json", "yarn.lock", "pnpm-lock.yaml", "bun.lockb", "poetry.lock", "pipfile.lock", "uv.lock", "pdm.lock",
     "cargo.lock", "go.sum", "gemfile.lock", "composer.lock", "mix.lock", "flake.lock", "packages.lock.json", "gradle.lockfile", "podfile.lock",
 }
-GENERATED_NAME = re.compile(r"(\.min\.(js|css)|[._-]pb2?(_grpc)?\.(go|py|cc|h|js|ts)|\.generated\.\w+|_generated\.\w+|\.g\.(dart|cs)|\.map|\.snap)$")
+GENERATED_NAME = re.compile(
+    r"(\.min\.(js|css)|[._-]pb2?(_grpc)?\.(go|py|cc|h|js|ts)|\.generated\.\w+|_generated\.\w+|\.g\.(dart|cs)|\.map|\.snap)$"
+)
 GENERATED_TEXT = re.compile(rb"@generated|do not (?:edit|modify)[^\n]*generated|generated[^\n]*do not (?:edit|modify)", re.IGNORECASE)
 DATA = {".csv", ".tsv", ".svg", ".json", ".jsonl", ".ipynb", ".xml", ".po", ".pot", ".sql", ".lst", ".log", ".geojson", ".ndjson"}
 LARGEST_DATA_BYTES = 32_768
