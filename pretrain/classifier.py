@@ -7,6 +7,7 @@ model file holds numbers only (npz), no code.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def _load(model: str) -> Scorer:
     try:
         with np.load(path, allow_pickle=False) as stored:
             weights, bias = stored["weights"], stored["bias"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         todo = "train it: python -m pretrain.classifier GOOD BAD MODEL"
         raise DataError(f"quality.options.model {path}", f"not readable: {error}", "a model of pretrain.classifier", todo) from error
 

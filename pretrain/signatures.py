@@ -13,7 +13,7 @@ import numpy as np
 from glm.recipe.raw import Deduplicate
 from pretrain.words import normalised_words
 
-SHINGLES_AT_ONCE = 8192
+SHINGLES_AT_ONCE = 4096
 MISSED_WEIGHS = 0.9
 """Weight of pairs the bands miss against pairs they propose in vain; the latter cost a comparison, the former stay duplicates."""
 _SEED = 1
@@ -30,10 +30,18 @@ def bands_and_rows(deduplicate: Deduplicate) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4)
-def _empty(permutations: int):
+def _permutations(count: int) -> np.ndarray:
+    """uint32[2, count]: datasketch's factors and offsets."""
     from datasketch import MinHash
 
-    return MinHash(permutations, seed=_SEED, hashfunc=int, scheme="affine32")
+    return MinHash(count, seed=_SEED, scheme="affine32").permutations
+
+
+def _finalized(hashes: np.ndarray) -> np.ndarray:
+    """MurmurHash3's last step, which the scheme puts before its permutations."""
+    hashes = (hashes ^ (hashes >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    hashes = (hashes ^ (hashes >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return hashes ^ (hashes >> np.uint32(16))
 
 
 def exact_hash(text: str, words: list[str]) -> np.ndarray:
@@ -55,11 +63,12 @@ def shingles(words: list[str], length: int) -> np.ndarray:
 
 def signature(words: list[str], deduplicate: Deduplicate) -> np.ndarray:
     """uint32[permutations]. The share of places where two agree estimates the Jaccard similarity of their shingles."""
-    minhash = _empty(deduplicate.permutations).copy()
-    hashes = shingles(words, deduplicate.shingle_words)
-    for start in range(0, len(hashes), SHINGLES_AT_ONCE):
-        minhash.update_batch(hashes[start : start + SHINGLES_AT_ONCE].tolist())
-    return minhash.hashvalues.astype(np.uint32)
+    factors, offsets = (numbers[:, None] for numbers in _permutations(deduplicate.permutations))
+    mixed = _finalized(shingles(words, deduplicate.shingle_words))
+    least = np.full(deduplicate.permutations, 0xFFFFFFFF, np.uint32)
+    for start in range(0, len(mixed), SHINGLES_AT_ONCE):    # arithmetic modulo 2^32, as the scheme has it
+        np.minimum(least, (factors * mixed[None, start : start + SHINGLES_AT_ONCE] + offsets).min(axis=1), out=least)
+    return least
 
 
 def band_hashes(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:

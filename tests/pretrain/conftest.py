@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from glm.checkpoint.run_folder import RunFolder
 from glm.recipe.compose import load_run
@@ -10,6 +11,9 @@ from glm.recipe.raw import RawSource
 from glm.recipe.schema import PrepareRecipe
 from glm.tokenizer.train import train_tokenizer
 from tests.pretrain import planted
+
+settings.register_profile("busy_machine", deadline=None)
+settings.load_profile("busy_machine")
 
 TINY = Path(__file__).parents[2] / "configs/glm45/tiny.yaml"
 

@@ -140,6 +140,7 @@ def start(recipe: PrepareRecipe) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "glm.rank", str(path)], env=environment)
 
 
+@pytest.mark.full
 def test_four_workers_give_the_same_bytes(prepared, raw, tmp_path, request):
     recipe = make_module_recipe(request)(tmp_path / "run", sources_of(raw), workers=4)
     assert start(recipe).wait(timeout=240) == 0
