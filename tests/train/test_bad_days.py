@@ -69,7 +69,7 @@ def test_cuda_without_a_device_stops_before_the_first_stage(tmp_path):
         pytest.skip("this machine has a CUDA device")
     folder = tmp_path / "cuda"
     done = glm("run", TINY, "tokenizer", STAGE, f"{STAGE}.platform=cuda", f"{STAGE}.kernels.experts=grouped_mm", SMALL_TOKENIZER,
-               f"run_folder={folder}", timeout=60)
+               UNPREPARED, f"run_folder={folder}", timeout=60)
     one_message(done, "no usable CUDA device")
     assert done.returncode == 2 and not (folder / "stages").exists(), "the tokenizer ran before the device was asked for"
     assert processes_of(folder) == []
