@@ -1,5 +1,6 @@
 """Real ranks over gloo: processes that stay, so that many cases pay for one start."""
 
+import gc
 import multiprocessing
 import traceback
 import warnings
@@ -44,7 +45,7 @@ def divide(layout: dict[str, int]) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.get("tp", 1), pipeline_model_parallel_size=layout.get("pp", 1),
         virtual_pipeline_model_parallel_size=layout.get("vpp"),
@@ -52,6 +53,19 @@ def divide(layout: dict[str, int]) -> None:
         expert_tensor_parallel_size=layout.get("etp", 1),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def _leave_groups() -> None:
+    """Of the layout before: megatron forgets its groups, torch keeps them, and their threads wake up a hundred times a second."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def _serve(rank: int, count: int, store: str, pipe) -> None:
