@@ -54,7 +54,7 @@ def test_the_table_says_what_is_not_prepared_yet(tiny_stages, run_folder, capsys
 
 def test_check_fails_when_a_source_would_be_read_too_often(tmp_path, capsys):
     folder = RunFolder(tmp_path / "run")
-    write_json(folder.prepared, {"web/high": {"corpus": "w", "documents": 10, "tokens": 50_000}})
-    changes = [f"run_folder={folder.root}", "pretrain_general.data.sources.prose={corpus: web/high, share: 0.8, epochs: 4}"]
+    write_json(folder.prepared, {"prose/high": {"corpus": "w", "documents": 10, "tokens": 50_000}})
+    changes = [f"run_folder={folder.root}", "pretrain_general.data.sources.prose_high.epochs=4"]
     assert check_runs([str(TINY)], changes, as_json=False) == 1
-    assert "pretrain_general reads source prose 12.54 times, at most 4 are allowed: it has 49000 tokens and would need 153600" in capsys.readouterr().out
+    assert "pretrain_general reads source prose_high 5.64 times, at most 4 are allowed: it has 49000 tokens and would need 69120" in capsys.readouterr().out
