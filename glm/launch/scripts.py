@@ -38,6 +38,7 @@ run() {    # runs its words, passes signals on, leaves their exit code in $code
   if [ -n "$first" ]; then return; fi    # asked to stop before anything started
   "$@" &
   child=$!
+  [ -z "$first" ] || kill -s "$first" "$child"    # it came while the child was started
   local told=-1 now
   while [ "$told" -ne "$signals" ]; do
     told=$signals
@@ -46,8 +47,9 @@ run() {    # runs its words, passes signals on, leaves their exit code in $code
     [ "$now" -eq 127 ] || code=$now
   done
   child=''
+  if [ -n "$first" ] && [ "$code" -eq $((128 + $(kill -l "$first"))) ]; then code=@CODE@; fi    # it was told before it could listen
 }
-"""
+""".replace("@CODE@", str(REQUEUE_CODE))
 
 
 def ranks_by_hand(run: Run, stages: Sequence[str]) -> str:

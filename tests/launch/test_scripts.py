@@ -116,14 +116,14 @@ WAITS = "trap 'echo {0} >> {1}/log; sleep 0.3; exit {2}' {0}; echo ready >> {1}/
 @pytest.mark.parametrize("code, calls", [(0, []), (REQUEUE_CODE, ["scontrol requeue 4711"]), (1, []), (2, []), (137, [])])
 def test_a_job_is_queued_again_after_the_requeue_code_and_no_other(tmp_path, slurm, code, calls):
     job = start(tmp_path, job_script(RUN, ["pretrain_general"], stage(tmp_path, f"exit {code}")), "pretrain_general")
-    job.communicate(timeout=30)
+    job.communicate(timeout=60)
     assert (job.returncode, slurm(), log(tmp_path)) == (code, calls, ["started pretrain_general"])
 
 
 def test_an_array_task_is_queued_again_under_its_own_number(tmp_path, slurm, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "50")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    start(tmp_path, job_script(RUN, ["pretrain_general"], stage(tmp_path, "exit 75"))).communicate(timeout=30)
+    start(tmp_path, job_script(RUN, ["pretrain_general"], stage(tmp_path, "exit 75"))).communicate(timeout=60)
     assert slurm() == ["scontrol requeue 50_3"]
 
 
@@ -135,7 +135,7 @@ def test_usr1_reaches_the_stage_the_job_waits_until_it_has_saved_and_is_queued_a
         job.send_signal(signal.SIGUSR1)
         time.sleep(0.1)
     assert job.poll() is None, "it waits"
-    assert "asking the stage to save" in job.communicate(timeout=30)[1]
+    assert "asking the stage to save" in job.communicate(timeout=60)[1]
     assert (job.returncode, slurm()) == (75, ["scontrol requeue 4711"]) and log(tmp_path).count("USR1") >= 1
 
 
@@ -143,15 +143,22 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(tmp_path, slurm):
     job = start(tmp_path, job_script(RUN, ["pretrain_general"], stage(tmp_path, WAITS.format("TERM", tmp_path, 75))))
     until_started(tmp_path)
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
+    job.communicate(timeout=60)
     assert (job.returncode, slurm()) == (75, []) and "TERM" in log(tmp_path)
+
+
+def test_a_signal_before_the_stage_can_listen_queues_the_job_again(tmp_path, slurm):
+    """The first thing the job does is to be told to stop: by its own command, before that has a trap."""
+    job = start(tmp_path, job_script(RUN, ["pretrain_general"], stage(tmp_path, "kill -s USR1 $PPID; sleep 20 & wait $!")))
+    job.communicate(timeout=60)
+    assert (job.returncode, slurm(), log(tmp_path)) == (75, ["scontrol requeue 4711"], ["started"])
 
 
 def test_a_stage_that_fails_while_it_should_save_is_not_queued_again(tmp_path, slurm):
     job = start(tmp_path, job_script(RUN, ["pretrain_general"], stage(tmp_path, WAITS.format("USR1", tmp_path, 1))))
     until_started(tmp_path)
     job.send_signal(signal.SIGUSR1)
-    job.communicate(timeout=30)
+    job.communicate(timeout=60)
     assert (job.returncode, slurm()) == (1, [])
 
 
@@ -197,7 +204,7 @@ def test_glm_run_inside_a_job_asks_srun_s_ranks_to_save_and_only_then_the_job_is
 def test_without_slurm_a_loop_starts_again_after_the_requeue_code(tmp_path, codes, runs, end):
     body = f"codes=({' '.join(map(str, codes))}); exit \"${{codes[$(($(wc -l < {tmp_path}/log) - 1))]}}\""
     loop = start(tmp_path, requeue_script(RUN, list(RUN.stages), stage(tmp_path, body)), "seed=3")
-    loop.communicate(timeout=30)
+    loop.communicate(timeout=60)
     assert (loop.returncode, log(tmp_path)) == (end, ["started seed=3"] * runs)
 
 
@@ -206,13 +213,13 @@ def test_without_slurm_sigterm_saves_and_ends_the_loop_and_usr1_goes_on(tmp_path
     loop = start(tmp_path, requeue_script(RUN, ["pretrain_general"], stage(tmp_path, body)))
     until_started(tmp_path)
     loop.send_signal(signal.SIGUSR1)
-    loop.communicate(timeout=30)
+    loop.communicate(timeout=60)
     assert loop.returncode == 0 and log(tmp_path) == ["started pretrain_general", "ready", "USR1", "started pretrain_general"]
     (tmp_path / "log").unlink()
     loop = start(tmp_path, requeue_script(RUN, ["pretrain_general"], stage(tmp_path, WAITS.format("TERM", tmp_path, 75))))
     until_started(tmp_path)
     loop.send_signal(signal.SIGTERM)
-    loop.communicate(timeout=30)
+    loop.communicate(timeout=60)
     assert loop.returncode == 75 and log(tmp_path).count("started pretrain_general") == 1
 
 
@@ -220,7 +227,7 @@ def test_stages_are_submitted_one_after_the_other_with_the_nodes_each_needs(tmp_
     run = load_run(CONFIGS / "air.yaml", [f"run_folder={tmp_path / 'run'}"])
     (tmp_path / "run" / "launch").mkdir(parents=True)
     done = start(tmp_path, submit_script(run, list(run.stages)), "--partition=gpu")
-    done.communicate(timeout=30)
+    done.communicate(timeout=60)
     calls = slurm()
     assert done.returncode == 0 and len(calls) == len(run.stages)
     for index, (call, name) in enumerate(zip(calls, run.stages)):
