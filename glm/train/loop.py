@@ -43,7 +43,7 @@ def train(recipe: TrainRecipe) -> None:
     )
     resumed = checkpoints.restore()
     progress = resumed.progress
-    setbacks.resume(progress)
+    setbacks.resume(progress, checkpoints.finish)
     total = count_steps(recipe)
     if recipe.data.packing == "best_fit":
         shown = check_documents_apart(trainer)

@@ -10,6 +10,7 @@ given up, goes on from what is left, and leaves the recorded rows out. So a kill
 import json
 from collections import Counter
 from dataclasses import replace
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,12 @@ class Setbacks:
             self._remove_given_up()
         dist.barrier()
 
-    def resume(self, progress: Progress) -> None:
-        """Takes over what the checkpoint the stage goes on from knew, and forgets the steps after it."""
+    def resume(self, progress: Progress, finish_save: Callable[[], object]) -> None:
+        """Takes over what the checkpoint the stage goes on from knew, and forgets the steps after it.
+
+        ``finish_save`` waits for the save under way, so that where a rollback goes does not depend on how quick the disk is.
+        """
+        self._finish_save = finish_save
         if progress.step:
             checkpoint = self.folder.checkpoints(self.recipe.stage) / store.step_folder(progress.step)
             self.history = guard.History.of(store.read_info(checkpoint)[0].guard)
@@ -115,6 +120,7 @@ class Setbacks:
                 f"look at the data named in {self.folder.skipped(stage)} and at the curves before it; lower schedule.peak_lr, or raise "
                 "guard.rollback_limit, in a run folder of its own",
             )
+        self._finish_save()
         if self.is_first:
             to = guard.rollback_target(store.checkpoint_steps(self.folder.checkpoints(stage)), skipped[0])
             bad = [record for record in self._read_skipped() if record["step"] in skipped and record["step"] > to]
