@@ -10,7 +10,7 @@ from tests.model_fixture import tiny_shape
 from tests.plan.recipes import stage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "glm45"
-STATES = [StageStates(0, 1, (Chunk(1, 3, True, True, 1),), 10**6, 4 * 10**6, 4 * 10**6, 10**6, 4 * 10**6, 4 * 10**6, 10**6)]
+STATES = [StageStates(0, 1, (Chunk(1, 3, True, True, 1),), 10**6, 4 * 10**6, 4 * 10**6, 10**6, 4 * 10**6, 4 * 10**6, 0, 10**6)]
 
 
 def test_without_a_device_size_nothing_is_judged():
