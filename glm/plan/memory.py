@@ -41,8 +41,9 @@ class StageStates:
     muon_flops: int
     """Of orthogonalisation, a step, on the rank of this stage that has most."""
     step_bytes: int
-    """Working memory of the optimizer, an upper bound: Newton-Schulz on the largest bucket holds its directions, the batch, four
-    more of its size, and three Gram matrices no larger than it, all fp32; shards of matrices are gathered and given back, four more."""
+    """Working memory of the optimizer, an upper bound: the directions of the largest bucket, their batch and the results, and of what
+    Newton-Schulz works on at once (the bucket; on a CPU what its cache holds) three copies and three Gram matrices no larger,
+    all fp32; shards of matrices are gathered and given back, four more."""
 
 
 @dataclass(frozen=True)

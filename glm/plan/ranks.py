@@ -48,6 +48,7 @@ def build_rank(recipe: ModelStageRecipe, rank: int) -> StageStates:
 def measure(recipe: ModelStageRecipe, chunks: list, named: list[tuple[str, torch.nn.Parameter]], pipeline_rank: int) -> StageStates:
     """What a rank holds whose model chunks are ``chunks``; on any device, with its process groups there."""
     from glm.optim.build import BUCKET_ELEMENTS, assign_owners, cost, fused_of, with_rules
+    from glm.optim.muon import CACHED_ELEMENTS
     from glm.optim.param_groups import param_groups
     from glm.optim.placement import placement
 
@@ -62,6 +63,9 @@ def measure(recipe: ModelStageRecipe, chunks: list, named: list[tuple[str, torch
     worked = _on_each_rank(recipe, {parameter: one.flops // shards[parameter] for parameter, one in costs.items()}, owner)
     sizes = [parameter.numel() for _, parameter, rule in stepped if rule == "muon"]
     bucket = max([min(BUCKET_ELEMENTS, sum(sizes)), *sizes])    # nothing under AdamW alone
+    cut = layout.tp > 1 or layout.etp > 1
+    largest = max((parameter.shape[-2:].numel() for _, parameter, rule in stepped if rule == "muon"), default=0)
+    at_once = min(bucket, max(CACHED_ELEMENTS, largest)) if recipe.platform == "host" and not cut else bucket
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers()]
     return StageStates(
         pipeline_rank=pipeline_rank,
@@ -74,7 +78,7 @@ def measure(recipe: ModelStageRecipe, chunks: list, named: list[tuple[str, torch
         optimizer_bytes=max(held),
         least_optimizer_bytes=min(held),
         muon_flops=max(worked),
-        step_bytes=4 * (13 if layout.tp > 1 or layout.etp > 1 else 9) * bucket,
+        step_bytes=4 * (3 * bucket + (10 if cut else 6) * at_once),
     )
 
 

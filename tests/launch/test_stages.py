@@ -16,6 +16,7 @@ from glm.launch.cluster import command_line, run_on_cluster
 from glm.launch.signals import Requeued, StopSignals
 from glm.launch.stages import lock, run_stages
 from glm.recipe.compose import load_recipe, load_run
+from tests.runs import UNPREPARED
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "glm45" / "tiny.yaml"
@@ -31,7 +32,7 @@ class Runs:
 
     def __call__(self, stages: str = "", *overrides: str) -> list[str]:
         """Runs, and returns what ranks did: ``["tokenizer0", ...]``."""
-        run = load_run(TINY, [f"run_folder={self.folder.root}", *overrides])
+        run = load_run(TINY, [f"run_folder={self.folder.root}", UNPREPARED, "pretrain_code_reasoning.data.mixture=plain_text", *overrides])
         log = self.folder.root / "log"
         log.unlink(missing_ok=True)
         run_stages(run, stages.split(), say=self.said.append, command=lambda recipe: [sys.executable, "-c", self.program, str(recipe)])
@@ -47,7 +48,7 @@ def test_stages_run_once_in_order_on_their_ranks_and_are_skipped_afterwards(runs
     did = runs("pretrain_general tokenizer")
     assert did[0] == "tokenizer0" and sorted(did[1:]) == ["pretrain_general0", "pretrain_general1"]
     done = json.loads(runs.folder.done("pretrain_general").read_text())
-    assert done["fingerprint"] == load_run(TINY).fingerprints()["pretrain_general"] and done["seconds"] >= 0
+    assert done["fingerprint"] == load_run(TINY, [UNPREPARED]).fingerprints()["pretrain_general"] and done["seconds"] >= 0
     assert load_recipe(runs.folder.recipe("pretrain_general")).run_folder == str(runs.folder.root)
     assert sorted(runs("tokenizer pretrain_general pretrain_code_reasoning")) == ["pretrain_code_reasoning0", "pretrain_code_reasoning1"]
     assert "tokenizer: done before, skipped" in runs.said
