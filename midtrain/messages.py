@@ -56,8 +56,7 @@ def _call(call: object) -> dict:
         arguments = _json(arguments or "{}", "a tool call whose arguments are not JSON")
     if not isinstance(name, str) or not isinstance(arguments if arguments is not None else {}, Mapping):
         raise Unusable("a tool call without a name or with arguments that are no object")
-    # parquet gives every row all keys of the column: those that are null in this one were not given
-    return {"name": name, "arguments": {key: value for key, value in (arguments or {}).items() if value is not None}}
+    return {"name": name, "arguments": dict(arguments or {})}
 
 
 def _json(text: str, what: str) -> object:

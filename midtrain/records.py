@@ -129,8 +129,15 @@ def _rows(file: Path, first: int, last: int) -> Iterator[tuple[str, dict | DataE
         try:
             for batch in table.iter_batches(batch_size=256, row_groups=list(range(first, last))):
                 for record in batch.to_pylist():
-                    yield f"{file}, row {row}", record
+                    yield f"{file}, row {row}", {column: _as_written(value) for column, value in record.items()}
                     row += 1
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             todo = "write the file again or remove it"
             raise DataError(f"{file}, after row {row}", f"broken parquet: {error}", "whole row groups", todo) from error
+
+
+def _as_written(value: object) -> object:
+    """Arrow gives an object all keys that any row of the column has: those that are null in this one were not written."""
+    if isinstance(value, dict):
+        return {key: _as_written(inner) for key, inner in value.items() if inner is not None}
+    return [_as_written(inner) for inner in value] if isinstance(value, list) else value

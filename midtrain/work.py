@@ -31,7 +31,7 @@ from midtrain.repository import file_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "1"
+FORMAT = "2"
 """Raised when the same inputs give other documents."""
 RECORDS_AT_ONCE = 64
 SAMPLE_TOKENS = 300

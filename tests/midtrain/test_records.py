@@ -12,7 +12,7 @@ from glm.tokenizer import encode_dialogue
 from glm.tokenizer.chat_template import encode_segments
 from midtrain import agent, reasoning
 from midtrain.long_documents import bucket_of
-from midtrain.messages import Unusable
+from midtrain.messages import Unusable, read_messages
 from midtrain.records import expand, pieces, records
 
 TOOLS = [{"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {"code": {"type": "string"}}}}}]
@@ -94,6 +94,24 @@ def test_trajectories_as_strings_of_json_and_from_parquet_are_the_same(tokenizer
     (piece,) = pieces((str(tmp_path),), "here", 10**6)
     ((_, record),) = records(piece)
     assert agent.segments_of(record) == whole
+
+
+def test_a_null_stays_where_it_was_written_and_goes_where_arrow_put_it(tmp_path):
+    """Arrow gives every row the keys of all rows; what was not written in a row is not shown in it."""
+    find = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {
+        "query": {"type": "string"}}, "required": ["query"]}}}]
+    found = [TRAJECTORY[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "find", "arguments": {"query": "x"}}}]},
+             TRAJECTORY[3]]
+    ran = json.loads(json.dumps(TRAJECTORY))
+    ran[1]["tool_calls"][0]["function"]["arguments"] = {"code": "print(2**10)", "timeout": 3}
+    rows = [{"messages": ran, "tools": TOOLS}, {"messages": found, "tools": find}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (piece,) = pieces((str(tmp_path),), "here", 10**6)
+    assert [agent.segments_of(record) for _, record in records(piece)] == [agent.segments_of(row) for row in rows]
+    written = {"code": "x", "stdin": None}
+    for arguments in (written, json.dumps(written)):
+        ran[1]["tool_calls"][0]["function"]["arguments"] = arguments
+        assert read_messages(ran)[1]["tool_calls"] == [{"name": "run", "arguments": written}]
 
 
 @pytest.mark.parametrize(("change", "words"), [
