@@ -1,8 +1,8 @@
 """Issues, pull requests and commits as documents: what belongs together stands in one.
 
 pull_requests  the touched files as they were, the issues it closes, its discussion, its change
-issues         an issue that no pull request here closes, with its discussion
-commits        message and change of a commit that belongs to no pull request here
+issues         an issue that no pull request told here closes, with its discussion
+commits        message and change of a commit that belongs to no pull request told here
 """
 
 from collections import Counter
@@ -43,9 +43,11 @@ class Contexts:
                 if commit is None or not commit.parents:
                     self.dropped["pull request without its commit here"] += 1
                     continue
-                told |= self._own_commits(commit)
-                closed |= set(discussion.closes)
-                yield from self._pull_request(discussion, commit)
+                draft = self._pull_request(discussion, commit)
+                if draft is not None:    # of a dropped one, issues and commits stand alone
+                    told |= self._own_commits(commit)
+                    closed |= set(discussion.closes)
+                    yield draft
         for number, discussion in sorted(self.discussions.items()):
             if not discussion.is_pull_request and number not in closed:
                 yield from self._issue(discussion)
@@ -57,11 +59,11 @@ class Contexts:
             return {commit.id}
         return set(git(self.checkout.git_dir, "rev-list", commit.id, f"^{commit.parents[0]}").decode().split())
 
-    def _pull_request(self, discussion: Discussion, commit: Commit) -> Iterator[Draft]:
+    def _pull_request(self, discussion: Discussion, commit: Commit) -> Draft | None:
         change = change_between(self.checkout, commit.parents[0], commit.id, self.left_out)
         if not change.files:
             self.dropped["pull request without source in its change"] += 1
-            return
+            return None
         issues = [issue for number in discussion.closes if (issue := self.discussions.get(number)) and not issue.is_pull_request]
         files = self._files_before(commit.parents[0], change)
         texts = [*files, *(issue.text for issue in issues), f"{discussion.text}# change\n{change.text}\n"]
@@ -69,7 +71,7 @@ class Contexts:
         room = self._room - len(encoded[-1])
         if room < 0:
             self.dropped["pull request longer than a document"] += 1
-            return
+            return None
         chosen = {len(texts) - 1}
         for index in [*range(len(files), len(texts) - 1), *range(len(files))]:    # issues before files, if not all fits
             if len(encoded[index]) <= room:
@@ -77,7 +79,7 @@ class Contexts:
                 chosen.add(index)
             else:
                 self.left_out["file or issue that did not fit beside its pull request"] += 1
-        yield self._draft("pull_requests", f"pull request {discussion.number}", [encoded[index] for index in sorted(chosen)])
+        return self._draft("pull_requests", f"pull request {discussion.number}", [encoded[index] for index in sorted(chosen)])
 
     def _files_before(self, base: str, change: Change) -> list[str]:
         paths = [path for _, diff in change.files if (path := path_before(diff)) and "\n" not in path]

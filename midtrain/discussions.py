@@ -1,6 +1,6 @@
 """Issues and pull requests, as GitHub's API or ``gh issue list --json`` / ``gh pr list --json`` gives them, one JSON object a line.
 
-Read: number, title, body, comments (a list of {author or user: {login}, body}; a bare count has nothing to read), state. A record
+Read: number, title, body, comments (a list of {author or user: {login}, body}; a bare count has nothing to read). A record
 is a pull request if it has ``pull_request``, ``mergeCommit``, ``merge_commit_sha``, ``headRefName`` or ``head``. Its commit is
 ``mergeCommit.oid`` or ``merge_commit_sha``, its issues ``closingIssuesReferences`` and what its text says it closes.
 People become ``author`` and ``user 1``, ``user 2`` …; what programs wrote is left out.

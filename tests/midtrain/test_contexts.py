@@ -85,7 +85,17 @@ def test_what_does_not_fit_is_left_out_whole_the_files_first(story, discussions,
     texts, _, left_out = told(story, discussions, tokenizer, encode, capacity=whole - 1)
     assert "before the change" not in texts["pull request 2"] and "# issue 1" in texts["pull request 2"]
     assert left_out["file or issue that did not fit beside its pull request"] == 1
-    assert told(story, discussions, tokenizer, encode, capacity=60)[1]["commit longer than a document"] == 2
+    assert told(story, discussions, tokenizer, encode, capacity=60)[1]["commit longer than a document"] == 4
+
+
+def test_issues_and_commits_of_a_dropped_pull_request_stand_alone(story, discussions, tokenizer, encode):
+    records = [record | {"body": "It was long ago. " * 400} if record["number"] == 2 else record for record in RECORDS]
+    records[1] |= {"title": "Fix #1"}
+    discussions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    texts, dropped, _ = told(story, discussions, tokenizer, encode, capacity=1000)
+    assert "pull request 2" not in texts and "issue 1" in texts and dropped["pull request longer than a document"] == 1
+    assert any("# commit: Add instead of subtract" in text for text in texts.values()) and dropped["merge"] == 1
+    assert dropped["commit told by its pull request"] == 1    # of the other request
 
 
 def test_odd_settings_of_the_user_change_nothing(story, discussions, tokenizer, encode):
