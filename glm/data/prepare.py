@@ -20,7 +20,8 @@ from glm.data.batches import Batches, manifest_path
 from glm.data.documents import TEXT_CORPORA, corpus_fingerprint, dialogues, documents
 from glm.data.encoding import encode_stream
 from glm.data.prepared import prepared_corpus
-from glm.data.tokenized import Document, read_facts, write_corpus
+from glm.data.tokenized import Document, fingerprint, read_facts, write_corpus
+from glm.data.verified import verify
 from glm.errors import DataError
 from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
@@ -50,13 +51,17 @@ def prepare(recipe: TrainRecipe, folder: RunFolder) -> None:
         else:
             name = corpus_name(source.corpus, recipe.data, recipe.seed, tokenizer_digest)
         names[source_name] = name
-        facts[source_name] = read_facts(folder.data, name, check_digests=True)
+        verify(folder.data, name)
+        facts[source_name] = read_facts(folder.data, name)
         if source.is_prepared:
             _require_prepared(facts[source_name], folder, name, tokenizer_digest)
         elif facts[source_name] is None:
             _tokenize(source.corpus, recipe.data, recipe.seed, tokenizer, folder, name)
             facts[source_name] = read_facts(folder.data, name)
-    manifest = {"sources": names, "end_of_text": token_id(tokenizer, END_OF_TEXT)}
+    manifest = {
+        "sources": names, "fingerprints": {source: fingerprint(folder.data, found) for source, found in facts.items()},
+        "end_of_text": token_id(tokenizer, END_OF_TEXT),
+    }
     _require_same_data(recipe, folder, manifest)
     write_json(manifest_path(folder, recipe.stage), manifest)
     _report(recipe, folder, facts)
@@ -76,9 +81,12 @@ def _require_same_data(recipe: TrainRecipe, folder: RunFolder, manifest: dict) -
     path = manifest_path(folder, recipe.stage)
     if not path.exists() or not any(folder.checkpoints(recipe.stage).glob("step_*")):
         return
-    began_with = json.loads(path.read_text(encoding="utf-8"))
+    began_with = {"fingerprints": manifest["fingerprints"], **json.loads(path.read_text(encoding="utf-8"))}  # older ones have names only
     if began_with != manifest:
-        changed = [name for name in manifest["sources"] if began_with["sources"].get(name) != manifest["sources"][name]]
+        changed = [
+            name for name in manifest["sources"]
+            if any(began_with[told].get(name) != manifest[told][name] for told in ("sources", "fingerprints"))
+        ]
         raise DataError(
             f"documents of stage {recipe.stage}", f"other text than the stage began with: {', '.join(changed) or 'the tokenizer'}",
             "the documents of its checkpoints", f"restore them, use another run_folder, or remove {folder.stage(recipe.stage)}",

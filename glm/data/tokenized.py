@@ -5,7 +5,8 @@
 .mask  uint8 a token, 1 where the assistant writes
 .json  sizes and digests of the others, counts; a corpus without it does not exist, one that contradicts it is torn
 
-A corpus of many shards is a NAME.json alone that lists them in order; its documents are numbered through all of them.
+A corpus of many shards is a NAME.json alone that lists them in order, with the documents and tokens of each; documents are
+numbered through all of them. Files are mapped when they are read, so that a corpus may have any number of shards.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from glm.errors import DataError
 
 HELD_OUT_MODULUS = 50
 """One document in this many is for validation."""
+OPEN_FILES = 256
+"""Mapped at once by a process, over all its corpora: each holds a file descriptor, of which it may have no more than 1024."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Document:
     key: str | None = None
 
 
-def _digest(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
     with path.open("rb") as data:
         return hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -93,7 +96,7 @@ def write_corpus(folder: Path, name: str, documents: Iterable[Document], *, voca
             drafts.pop(".mask").unlink()
         files = {}
         for suffix, draft in drafts.items():
-            files[name + suffix] = {"bytes": draft.stat().st_size, "blake2b": _digest(draft)}
+            files[name + suffix] = {"bytes": draft.stat().st_size, "blake2b": digest_of_file(draft)}
             draft.replace(folder / (name + suffix))
     finally:
         for draft in drafts.values():
@@ -136,25 +139,41 @@ def write_shard_list(folder: Path, name: str, shards: list[str], facts: dict[str
             found = f"shards with {key} {' and '.join(map(str, sorted(kinds)))}"
             raise DataError(f"corpus {name}", found, "shards of one kind", "write them with one tokenizer, with masks all or none")
     if filled and not any(facts["held_out_documents"] for facts in filled.values()):
-        longest = max(filled, key=lambda shard: int(np.diff(_open_shard(folder, shard, filled[shard]).offsets).max()))
+        longest = max(filled, key=lambda shard: int(np.diff(_shard(folder, shard, filled[shard]).offsets).max()))
         described[longest] = _hold_out_a_tail_of(folder, longest, filled[longest])
     totals = {key: sum(facts[key] for facts in described.values()) for key in ("documents", "held_out_documents", "tokens")}
     if totals["tokens"] < 2 or totals["held_out_documents"] == totals["documents"]:
         raise _too_little(name, totals["documents"], totals["tokens"])
     kind = next(iter(filled.values()))
-    write_json(folder / f"{name}.json", {**facts, **totals, "dtype": kind["dtype"], "masked": kind["masked"], "shards": list(shards)})
+    write_json(folder / f"{name}.json", {
+        **facts, **totals, "dtype": kind["dtype"], "masked": kind["masked"], "fingerprint": _fingerprint(described.values()), "shards": shards,
+        **{f"shard_{key}": [described[shard][key] for shard in shards] for key in ("documents", "tokens")},
+    })
+
+
+def _fingerprint(described: Iterable[dict]) -> str:
+    """Of the documents: what the shards' files digest to, in order."""
+    digests = [file["blake2b"] for facts in described for _, file in sorted(facts["files"].items())]
+    return hashlib.blake2b(json.dumps(digests).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint(folder: Path, facts: dict) -> str:
+    """Of the corpus ``read_facts`` gave: changes with its documents. A list written before it was kept there asks its shards."""
+    if "shards" not in facts:
+        return _fingerprint([facts])
+    return facts.get("fingerprint") or _fingerprint(_description(folder, shard) for shard in facts["shards"])
 
 
 def _hold_out_a_tail_of(folder: Path, name: str, facts: dict) -> dict:
     """Rewrites the index of a shard, and its description last: torn in between, it is named and written again."""
-    shard = _open_shard(folder, name, facts)
+    shard = _shard(folder, name, facts)
     offsets, held_out = shard.offsets.tolist(), shard.held_out.tolist()
     _hold_out_a_tail(offsets, held_out)
     index = folder / f"{name}.idx"
     draft = folder / f".{name}.{os.getpid()}.idx.tmp"
     try:
         _write_index(draft, offsets, held_out)
-        files = facts["files"] | {index.name: {"bytes": draft.stat().st_size, "blake2b": _digest(draft)}}
+        files = facts["files"] | {index.name: {"bytes": draft.stat().st_size, "blake2b": digest_of_file(draft)}}
         draft.replace(index)
     finally:
         draft.unlink(missing_ok=True)
@@ -163,44 +182,103 @@ def _hold_out_a_tail_of(folder: Path, name: str, facts: dict) -> dict:
     return facts
 
 
-def _torn(path: Path, name: str, found: str, expected: str) -> DataError:
+def torn(path: Path, name: str, found: str, expected: str) -> DataError:
     todo = f"delete {path.parent / name}.json; the next run tokenizes this corpus again"
     return DataError(str(path), found, expected, todo)
 
 
-def read_facts(folder: Path, name: str, *, check_digests: bool = False) -> dict | None:
-    """What NAME.json says, or None if there is none. Raises DataError if a file or shard it names is missing or torn."""
+def _description(folder: Path, name: str) -> dict | None:
+    """What NAME.json says, or None if there is none. Raises DataError if it is not readable."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        shards = facts.get("shards", [])
-        files = {} if "shards" in facts else facts["files"]
+        if "shards" not in facts:
+            facts["files"].items()
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise _torn(path, name, f"not readable: {error!r}", "the description of a tokenized corpus") from error
-    for shard in shards:
-        if read_facts(folder, shard, check_digests=check_digests) is None:
-            raise _torn(path, name, f"no shard {shard}", f"{len(shards)} shards beside it")
-    for file_name, file in files.items():
+        raise torn(path, name, f"not readable: {error!r}", "the description of a tokenized corpus") from error
+    return facts
+
+
+def read_facts(folder: Path, name: str) -> dict | None:
+    """What NAME.json says, or None if there is none. Raises DataError if a file or shard it names is missing or torn."""
+    facts = _description(folder, name)
+    if facts is not None:
+        files_of(folder, name, facts)
+    return facts
+
+
+def files_of(folder: Path, name: str, facts: dict) -> dict[str, dict]:
+    """Size and digest of every file of a corpus. Raises DataError if one is missing or of another size."""
+    files: dict[str, dict] = {}
+    for shard in facts.get("shards", []):
+        its = _description(folder, shard)
+        if its is None:
+            raise torn(folder / f"{name}.json", name, f"no shard {shard}", f"{len(facts['shards'])} shards beside it")
+        files |= files_of(folder, shard, its)
+    for file_name, file in facts.get("files", {}).items():
         part = folder / file_name
         if not part.is_file():
-            raise _torn(part, name, "no such file", f"{file['bytes']} bytes")
+            raise torn(part, name, "no such file", f"{file['bytes']} bytes")
         if part.stat().st_size != file["bytes"]:
-            raise _torn(part, name, f"{part.stat().st_size} bytes", f"{file['bytes']} bytes")
-        if check_digests and _digest(part) != file["blake2b"]:
-            raise _torn(part, name, "another digest than when it was written", f"blake2b {file['blake2b']}")
-    return facts
+            raise torn(part, name, f"{part.stat().st_size} bytes", f"{file['bytes']} bytes")
+        files[file_name] = file
+    return files
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _mapped(path: Path, size: int, opening: object) -> np.ndarray:
+    """The bytes of a file, kept for one ``opening`` of its corpus. Raises DataError if there are not ``size``."""
+    try:
+        found = path.stat().st_size
+        if found == size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype=np.uint8)
+        if found == size:
+            return np.memmap(path, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise torn(path, path.stem, f"not readable: {error.strerror or error}", f"{size} bytes") from error
+    raise torn(path, path.stem, f"{found} bytes", f"{size} bytes")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Arrays as they lie in the files: tokens and mask [tokens], offsets int64[documents + 1], held_out uint8[documents]."""
+    """Arrays as they lie in the files: tokens and mask [tokens], offsets int64[documents + 1], held_out uint8[documents].
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    held_out: np.ndarray
-    mask: np.ndarray | None
+    Take an array, read from it, let it go: held, it keeps its file open.
+    """
+
+    path: Path
+    """Without suffix."""
+    num_documents: int
+    num_tokens: int
+    dtype: str
+    masked: bool
+    opening: object
+
+    def _bytes(self, suffix: str, size: int) -> np.ndarray:
+        return _mapped(self.path.with_name(self.path.name + suffix), size, self.opening)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        dtype = np.dtype(self.dtype)
+        return self._bytes(".bin", self.num_tokens * dtype.itemsize).view(dtype)
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        return self._bytes(".mask", self.num_tokens) if self.masked else None
+
+    @property
+    def _index(self) -> np.ndarray:
+        return self._bytes(".idx", 9 * self.num_documents + 8)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return self._index[: 8 * (self.num_documents + 1)].view(np.int64)
+
+    @property
+    def held_out(self) -> np.ndarray:
+        return self._index[8 * (self.num_documents + 1) :]
 
 
 @dataclass(frozen=True)
@@ -223,12 +301,12 @@ class TokenizedCorpus:
     @cached_property
     def first_documents(self) -> np.ndarray:
         """int64[shards + 1]: number of the first document of each shard, and how many there are."""
-        return np.cumsum([0, *(len(shard.held_out) for shard in self.shards)], dtype=np.int64)
+        return np.cumsum([0, *(shard.num_documents for shard in self.shards)], dtype=np.int64)
 
     @cached_property
     def first_tokens(self) -> np.ndarray:
         """int64[shards + 1]: tokens before each shard, and how many there are."""
-        return np.cumsum([0, *(int(shard.offsets[-1]) for shard in self.shards)], dtype=np.int64)
+        return np.cumsum([0, *(shard.num_tokens for shard in self.shards)], dtype=np.int64)
 
     @property
     def num_documents(self) -> int:
@@ -275,46 +353,44 @@ class TokenizedCorpus:
     def read(self, shards: np.ndarray, first: np.ndarray, lengths: np.ndarray, out: np.ndarray, at: np.ndarray, *,
              masks: bool = False) -> None:
         """Copies lengths[i] tokens (or their masks) of shards[i] from first[i] on to out[at[i]] and on."""
-        arrays = [shard.mask if masks else shard.tokens for shard in self.shards]
+        opened, array = -1, np.empty(0)
         for shard, begin, length, place in zip(shards.tolist(), first.tolist(), lengths.tolist(), at.tolist()):
-            out[place : place + length] = arrays[shard][begin : begin + length]
+            if shard != opened:
+                opened, array = shard, self.shards[shard].mask if masks else self.shards[shard].tokens
+            out[place : place + length] = array[begin : begin + length]
+
+    def _documents(self, held_out: bool) -> np.ndarray:
+        parts = [first + np.flatnonzero((shard.held_out != 0) == held_out) for first, shard in zip(self.first_documents, self.shards)]
+        return np.concatenate(parts)
 
     @property
     def training_documents(self) -> np.ndarray:
         """Numbers of all of them: 8 bytes a document."""
-        return np.flatnonzero(np.concatenate([shard.held_out for shard in self.shards]) == 0)
+        return self._documents(False)
 
     @property
     def validation_documents(self) -> np.ndarray:
-        return np.flatnonzero(np.concatenate([shard.held_out for shard in self.shards]))
+        return self._documents(True)
 
 
-def _mapped(path: Path, dtype, count: int, offset: int = 0) -> np.ndarray:
-    if count == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
-
-
-def _open_shard(folder: Path, name: str, facts: dict) -> Shard:
-    documents, tokens = facts["documents"], facts["tokens"]
-    index = folder / f"{name}.idx"
-    return Shard(
-        tokens=_mapped(folder / f"{name}.bin", facts["dtype"], tokens),
-        offsets=_mapped(index, np.int64, documents + 1),
-        held_out=_mapped(index, np.uint8, documents, 8 * (documents + 1)),
-        mask=_mapped(folder / f"{name}.mask", np.uint8, tokens) if facts["masked"] else None,
-    )
+def _shard(folder: Path, name: str, facts: dict, opening: object = None) -> Shard:
+    return Shard(folder / name, facts["documents"], facts["tokens"], facts["dtype"], facts["masked"], opening or object())
 
 
 def open_corpus(folder: Path, name: str) -> TokenizedCorpus:
-    """A corpus of one shard or of a list of them.
+    """A corpus of one shard or of a list of them, of which only the list is read.
 
-    Raises DataError if it is missing or torn (sizes; digests are checked when a stage prepares its data).
+    Raises DataError if it is missing or torn, a file of a list when it is read (digests are checked when a stage prepares its data).
     """
-    facts = read_facts(folder, name)
+    facts = _description(folder, name)
     if facts is None:
         raise DataError(str(folder / f"{name}.json"), "no such file", "a tokenized corpus", "run the stage from its beginning")
-    described = {shard: read_facts(folder, shard) for shard in facts["shards"]} if "shards" in facts else {name: facts}
-    shards = tuple(_open_shard(folder, shard, description) for shard, description in described.items() if description["documents"])
-    fingerprint = hashlib.blake2b(json.dumps(list(described.values()), sort_keys=True).encode(), digest_size=8).hexdigest()
-    return TokenizedCorpus(name, shards, facts["masked"], fingerprint)
+    if "shard_documents" in facts:
+        counts = zip(facts["shards"], facts["shard_documents"], facts["shard_tokens"], strict=True)
+        described = {shard: {**facts, "documents": documents, "tokens": tokens} for shard, documents, tokens in counts}
+    else:  # one shard, or a list written before it counted its shards
+        read_facts(folder, name)
+        described = {shard: _description(folder, shard) for shard in facts.get("shards", [name])}
+    opening = object()
+    shards = tuple(_shard(folder, shard, its, opening) for shard, its in described.items() if its["documents"])
+    return TokenizedCorpus(name, shards, facts["masked"], fingerprint(folder, facts))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from glm.data import packing
 from glm.data.best_fit import best_fit, cut_to_pieces
 from glm.data.blocks import Blocks
 from glm.data.packing import PackedRows, TruncatedRows
-from glm.data.tokenized import Shard, TokenizedCorpus
+from glm.data.tokenized import TokenizedCorpus
 
 END = 9999
 document_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -20,7 +22,10 @@ def corpus_of(lengths: list[int], *, masked: bool = False) -> TokenizedCorpus:
     mask = (tokens % 3 == 0).astype(np.uint8) if masked else None
     if not masked:
         tokens[offsets[1:] - 1] = END
-    return TokenizedCorpus("test", (Shard(tokens, offsets, np.zeros(len(lengths), np.uint8), mask),), masked)
+    shard = SimpleNamespace(
+        tokens=tokens, offsets=offsets, held_out=np.zeros(len(lengths), np.uint8), mask=mask, num_documents=len(lengths), num_tokens=len(tokens),
+    )
+    return TokenizedCorpus("test", (shard,), masked)
 
 
 def tokens_of(corpus: TokenizedCorpus) -> np.ndarray:

@@ -1,14 +1,17 @@
 import hashlib
 import json
+import os
 import re
 
 import numpy as np
 import pytest
 
+from glm.checkpoint.run_folder import write_json
+from glm.data import verified
 from glm.data.batches import Batches, manifest_path
 from glm.data.documents import dialogues, documents
 from glm.data.prepare import corpus_name, prepare
-from glm.data.tokenized import open_corpus
+from glm.data.tokenized import Document, digest_of_file, open_corpus, write_corpus
 from glm.errors import DataError
 from glm.recipe.sections import Source
 from glm.tokenizer import load_tokenizer, token_id
@@ -162,6 +165,43 @@ def test_a_torn_file_is_named_and_deleting_its_description_rebuilds(tiny_stages,
     torn.with_suffix(".json").unlink()
     prepare(recipe, run_folder)
     assert torn.read_bytes() == whole
+
+
+def test_a_restart_reads_only_files_it_has_not_read_as_they_are(tiny_stages, run_folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(verified, "digest_of_file", lambda path: read.append(path.name) or digest_of_file(path))
+    recipe = stage(tiny_stages, "sft_cold_start")
+    prepare(recipe, run_folder)
+    prepare(recipe, run_folder)
+    assert len(read) == len(set(read)) == 3
+    prepare(recipe, run_folder)
+    assert len(read) == 3
+    os.utime(run_folder.data / read[0])
+    prepare(recipe, run_folder)
+    assert read[3:] == read[:1]
+    (run_folder.data / "verified.json").write_text("torn")
+    with pytest.raises(DataError, match="verified.json(.|\n)*remove it"):
+        prepare(recipe, run_folder)
+
+
+def test_a_stage_that_has_trained_notices_other_documents_of_the_same_name(tiny_stages, run_folder):
+    recipe = stage(tiny_stages, "pretrain_general", sources={"web": Source(corpus="web/high", share=1)})
+    write_json(run_folder.prepared, {"web/high": {"corpus": "web", "documents": 300, "tokens": 13_000}})
+
+    def web(seed):
+        tokens = np.random.default_rng(seed).integers(0, 700, (300, 40)).tolist()
+        write_corpus(run_folder.data, "web", [Document(ids) for ids in tokens], vocab_size=800, facts={})
+
+    web(0)
+    prepare(recipe, run_folder)
+    (run_folder.checkpoints(recipe.stage) / "step_00000001").mkdir(parents=True)
+    prepare(recipe, run_folder)
+    web(1)
+    with pytest.raises(DataError, match="other text than the stage began with: web"):
+        prepare(recipe, run_folder)
+    manifest = json.loads(manifest_path(run_folder, recipe.stage).read_text())
+    write_json(manifest_path(run_folder, recipe.stage), {key: manifest[key] for key in ("sources", "end_of_text")})
+    prepare(recipe, run_folder)  # a manifest of names alone, as they were, says nothing of contents
 
 
 def name_of_corpus(recipe, run_folder):

@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from glm.checkpoint.run_folder import write_json
 from glm.data.batches import Batches
 from glm.data.prepare import prepare
-from glm.data.tokenized import Document, open_corpus, write_corpus, write_shard_list
+from glm.data.tokenized import OPEN_FILES, Document, open_corpus, read_facts, write_corpus, write_shard_list
 from glm.errors import DataError
 from glm.recipe.sections import Source
 from glm.tokenizer.load import digest_of
@@ -65,11 +67,38 @@ def test_a_torn_shard_is_named(tmp_path):
     whole = torn.read_bytes()
     torn.write_bytes(whole[:-1])
     with pytest.raises(DataError, match="many-00001.bin"):
-        open_corpus(tmp_path, "many")
+        read_facts(tmp_path, "many")
+    with pytest.raises(DataError, match="many-00001.bin"):  # a list alone is opened, its files when they are read
+        open_corpus(tmp_path, "many").shards[1].tokens
     torn.write_bytes(whole)
     (tmp_path / "many-00000.json").unlink()
     with pytest.raises(DataError, match="no shard many-00000"):
-        open_corpus(tmp_path, "many")
+        read_facts(tmp_path, "many")
+
+
+def test_a_list_written_before_it_counted_its_shards_is_the_same_corpus(tmp_path):
+    write_shards(tmp_path, "many", [texts(30), [], texts(30, 1)])
+    now, listed = open_corpus(tmp_path, "many"), json.loads((tmp_path / "many.json").read_text())
+    write_json(tmp_path / "many.json", {key: listed[key] for key in listed.keys() - {"shard_documents", "shard_tokens", "fingerprint"}})
+    then = open_corpus(tmp_path, "many")
+    assert then.first_tokens.tolist() == now.first_tokens.tolist() and then.fingerprint == now.fingerprint
+
+
+def test_a_corpus_of_more_shards_than_a_process_may_open_files_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # 400 shards
+    few = texts(1200)
+    write_shards(tmp_path, "many", [few[first : first + 3] for first in range(0, 1200, 3)])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES + 100, limits[1]))
+    try:
+        corpus = open_corpus(tmp_path, "many")
+        assert len(corpus.shards) == 400 and len(corpus.training_documents) + len(corpus.validation_documents) == 1200
+        shards, first, lengths = corpus.places(np.arange(1200)[::-1])
+        out = np.empty(corpus.num_tokens, dtype=np.int64)
+        corpus.read(shards, first, lengths, out, np.cumsum(lengths) - lengths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert out.tolist() == [token for document in few[::-1] for token in document.ids]
 
 
 def test_shards_with_and_without_masks_are_not_one_corpus(tmp_path):
