@@ -25,8 +25,6 @@ def text(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, text) -> Path:
     """A run with a tokenizer and nothing else."""
-    import pretrain.train  # noqa: F401 - forks need not import it again
-
     folder = tmp_path_factory.mktemp("runs") / "prepared"
     completed(folder, text, stage="tokenizer")
     (folder / "data").mkdir()

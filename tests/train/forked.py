@@ -1,7 +1,7 @@
-"""Training stages in forks of the test process, which has imported everything: a start costs a second, so a test can have many."""
+"""Training stages in forks of a process that has imported everything and begun nothing: a start costs a second, so a test can have many."""
 
-import faulthandler
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,31 @@ SMALL = (
 """A stage of eight steps, the first four in the batch ramp, a model of 0.2 million parameters, a checkpoint every other step."""
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Not of the test process itself: earlier tests may have left it process groups, whose threads no fork has."""
+FORKS.set_forkserver_preload(["tests.train.imported"])
+
+
+def _rank(rank: int, world_size: int, port: int, recipe: Path, output: Path, most_bytes: int | None) -> None:
+    """Becomes the rank of a stage, and ends with its exit status."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    if most_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    from glm.rank import run
+
+    code = 70
+    try:
+        code = run(recipe)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 class Ranks:
     """One start of a stage: its ranks, forked. ``with``: none is left."""
 
@@ -39,7 +65,6 @@ class Ranks:
         """``most_bytes``: no file may become larger; the kernel refuses the write, as a full disk does."""
         chosen = {given.split("=")[0]: given for given in (*SMALL, f"run_folder={folder}", *overrides)}
         recipe = load_run(TINY, list(chosen.values())).stages[stage]
-        self.most_bytes = most_bytes
         self.folder, self.recipe, self.output = folder, recipe, folder.parent / f"{folder.name}.{stage}.log"
         path = RunFolder(folder).recipe(stage)
         write_json(path, dump_recipe(recipe))
@@ -47,40 +72,18 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.output.write_bytes(b"")
-        self.running = [self._fork(rank, port, path) for rank in range(recipe.world_size)]
+        world_size = recipe.world_size
+        self._processes = [
+            FORKS.Process(target=_rank, args=(rank, world_size, port, path, self.output, most_bytes)) for rank in range(world_size)
+        ]
+        for process in self._processes:
+            process.start()
+        self.running = [process.pid for process in self._processes]
         self.status: dict[int, int] = {}
-
-    def _fork(self, rank: int, port: int, recipe: Path) -> int:
-        faulthandler.cancel_dump_traceback_later()    # pytest's timer: its thread is not in the fork, and the rank's own waits for it
-        process = os.fork()
-        if process:
-            return process
-        code = 70
-        try:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.recipe.world_size),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            output = os.open(self.output, os.O_WRONLY | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))    # pytest's are others
-            if self.most_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self.most_bytes, self.most_bytes))
-            from glm.rank import run
-
-            code = run(recipe)
-        except BaseException:
-            import traceback
-
-            os.write(2, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
 
     def poll(self) -> bool:
         """Whether all ranks have ended."""
-        for process in [process for process in self.running if process not in self.status]:
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                self.status[process] = os.waitstatus_to_exitcode(status)
+        self.status = {process.pid: process.exitcode for process in self._processes if process.exitcode is not None}
         return len(self.status) == len(self.running)
 
     def wait(self, seconds: float = 240) -> int:
