@@ -19,7 +19,7 @@ from glm.checkpoint import store
 from glm.checkpoint.retention import remove
 from glm.checkpoint.run_folder import RunFolder, write_atomically, write_json
 from glm.data.batches import Batches, Row
-from glm.errors import ROLLBACK_CODE, NumericsError, StageStopped
+from glm.errors import ROLLBACK_CODE, CheckpointError, NumericsError, StageStopped
 from glm.platform import active
 from glm.recipe.schema import TrainRecipe
 from glm.runtime import Runtime
@@ -135,13 +135,19 @@ class Setbacks:
         raise StageStopped(ROLLBACK_CODE, f"rollback {len(self.rollbacks) + 1} of at most {limit}; the same command continues")
 
     def _remove_given_up(self) -> None:
-        """Checkpoints of a path that was given up: later than where a rollback went, and made before it."""
+        """Checkpoints of a path that was given up: later than where a rollback went, and made before it.
+
+        One that cannot be read stays: whoever looks for the newest good checkpoint sets it aside and says so.
+        """
         if not self.rollbacks:
             return
         folder = self.folder.checkpoints(self.recipe.stage)
         for step in store.checkpoint_steps(folder):
             checkpoint = folder / store.step_folder(step)
-            known = store.read_info(checkpoint)[0].guard.get("rollbacks", 0)
+            try:
+                known = store.read_info(checkpoint)[0].guard.get("rollbacks", 0)
+            except CheckpointError:
+                continue
             if any(step > rollback["to_step"] for rollback in self.rollbacks[known:]):
                 remove(checkpoint)
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from glm.checkpoint.manifest import MANIFEST, checkpoint_steps, verify
+from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.errors import CheckpointError
 from tests.train.forked import STAGE, Ranks, checkpoints, completed, numbers, part_of, refused, start_of, state_digests
 
@@ -64,8 +65,10 @@ def test_ranks_that_share_the_reading_read_every_byte(whole, tmp_path):
         path.write_bytes(raw)
 
 
-def falls_back(whole, text, damage, name: str) -> None:
-    folder = part_of(whole, f"{damage.__name__}_{name.strip('.')}", (2, 4))
+def falls_back(whole, text, damage, name: str, rollbacks: tuple[dict, ...] = ()) -> None:
+    folder = part_of(whole, f"{damage.__name__}_{name.strip('.')}_{len(rollbacks)}", (2, 4))
+    if rollbacks:
+        write_json(RunFolder(folder).rollbacks(STAGE), rollbacks)
     bad = checkpoints(folder) / "step_00000004"
     damage(bad / name, random.Random(name))
     said = completed(folder, text, "checkpoint.keep=9")
@@ -80,6 +83,11 @@ def falls_back(whole, text, damage, name: str) -> None:
 @pytest.mark.parametrize("damage, name", [(flip, "__0_1.distcp"), (truncate, MANIFEST)], ids=str)
 def test_a_bad_newest_checkpoint_is_set_aside_for_the_one_before(whole, text, damage, name):
     falls_back(whole, text, damage, name)
+
+
+def test_a_torn_manifest_is_set_aside_too_when_the_stage_has_gone_back_before(whole, text):
+    """Which checkpoints are of the path that was given up stands in their manifests. Here none is, and no row is left out."""
+    falls_back(whole, text, truncate, MANIFEST, rollbacks=({"from_step": 6, "to_step": 4, "rows": []},))
 
 
 @pytest.mark.full
