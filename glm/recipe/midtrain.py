@@ -1,6 +1,6 @@
 """The sections of the stage that turns repositories, reasoning, long texts and agents' work into corpora (docs/midtraining.md).
 
-Numbers are our choices unless said otherwise. Paths may hold ``*``; a .list file gives one path a line.
+Numbers are our choices unless said otherwise. Paths may hold ``*``; a .list file gives one path a line; records may be .jsonl.gz or .jsonl.zst.
 """
 
 from typing import Annotated, Literal

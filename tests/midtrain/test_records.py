@@ -1,5 +1,8 @@
+import gzip
 import json
+from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,7 +16,7 @@ from glm.tokenizer.chat_template import encode_segments
 from midtrain import agent, reasoning
 from midtrain.long_documents import bucket_of
 from midtrain.messages import Unusable, read_messages
-from midtrain.records import expand, pieces, records
+from midtrain.records import Piece, expand, pieces, records
 
 TOOLS = [{"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {"code": {"type": "string"}}}}}]
 TRAJECTORY = [
@@ -42,6 +45,50 @@ def test_row_groups_of_parquet_and_text_files_are_read(tmp_path):
     assert len(cut) > 2 and all(piece.last - piece.first <= 3 for piece in cut)
     read = [record for piece in cut for _, record in records(piece, "body")]
     assert [record.get("question") for record in read] == [f"q{i}" for i in range(10)] + [None] and read[-1] == {"body": "a text"}
+
+
+def test_a_file_that_several_paths_lead_to_is_read_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n' * 3)
+    (tmp_path / "b.txt").write_text("a text")
+    given = (str(tmp_path / "*.jsonl"), str(tmp_path), str(tmp_path / "b.txt"), str(tmp_path / ".." / tmp_path.name))
+    assert [Path(piece.file).name for piece in pieces(given, "here", 10**6)] == ["a.jsonl", "b.txt"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="agents.mine.paths(.|\n)*an empty folder"):
+        list(pieces((str(tmp_path / "empty"),), "agents.mine.paths", 10**6))
+
+
+def test_compressed_lines_are_read_and_a_torn_file_is_named(tmp_path):
+    raw = b"".join(b'{"a": %d}\n' % i for i in range(1000)) + b"\nbroken\n"
+    whole = {"b.jsonl.gz": gzip.compress(raw), "c.jsonl.zst": pyarrow.Codec("zstd").compress(raw).to_pybytes()}
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    for piece in (cut := list(pieces((str(tmp_path),), "here", 10**6))):
+        *read, (where, broken) = records(piece)
+        assert [record["a"] for _, record in read] == list(range(1000)) and isinstance(broken, DataError)
+    assert [Path(piece.file).name for piece in cut] == ["a.jsonl", *whole] and where.endswith("line 1002")
+    torn = [(name, data[: len(data) // 2]) for name, data in whole.items()]
+    torn.append(("b.jsonl.gz", whole["b.jsonl.gz"][:100] + b"\xff" * 40 + whole["b.jsonl.gz"][140:]))
+    for name, data in torn:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=f"{name}(.|\n)*not readable to its end"):
+            list(records(Piece(str(tmp_path / name), 0, 0, "")))
+
+
+def test_a_parquet_value_that_is_not_utf8_comes_as_an_error_in_its_place(tmp_path):
+    offsets = pyarrow.py_buffer(np.array([0, 4, 8, 12], dtype=np.int32).tobytes())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(b"finecaf\xe9also")])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    (piece,) = pieces((str(tmp_path),), "here", 10**6)
+    found = [record for _, record in records(piece)]
+    assert [found[0], found[2]] == [{"text": "fine"}, {"text": "also"}] and "row 1" in str(found[1]) and "not UTF-8" in str(found[1])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")    # opens for everyone, and fails to read at its beginning, for root too
+    with pytest.raises(DataError, match=f"{name}(.|\n)*not readable"):
+        list(records(Piece(str(tmp_path / name), 0, 1, "")))
 
 
 def test_a_broken_line_comes_as_an_error_in_its_place(tmp_path):
