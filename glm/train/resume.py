@@ -52,6 +52,7 @@ class StageCheckpoints:
         self._writer = CheckpointWriter(self.folder, runtime, recipe.checkpoint.keep)
         self._guard_history = guard_history
         self._last = Progress(0, 0)
+        self._saved: int | None = None    # the newest checkpoint's step, remembered: on a shared disk another node may not see it yet
 
     def restore(self) -> Resumed:
         """Continues from the stage's own newest good checkpoint; else starts from its parent's last, else from random weights.
@@ -70,7 +71,7 @@ class StageCheckpoints:
         exact = same_arithmetic(manifest, self.recipe)
         self._say(*notes, f"{self.recipe.stage}: continues after step {info.step} from {own}")
         self._prove(own, manifest, exact)
-        self._last = Progress(step=info.step, stage_tokens=info.stage_tokens)
+        self._last, self._saved = Progress(step=info.step, stage_tokens=info.stage_tokens), info.step
         return Resumed(self._last, exact)
 
     def after_step(self, progress: Progress) -> Written | None:
@@ -94,6 +95,7 @@ class StageCheckpoints:
         before = self._writer.begin(
             info, recipe.model, self.trainer.chunks, self.trainer.optimizer, milestone=milestone, about=about,
         )
+        self._saved = progress.step
         return before if recipe.checkpoint.asynchronous else self._writer.finish()
 
     def finish(self) -> Written | None:
@@ -103,7 +105,7 @@ class StageCheckpoints:
     def close(self, progress: Progress) -> Written | None:
         """The state at ``progress`` is on the disk when this returns."""
         written = self._writer.finish()
-        if progress.step not in store.checkpoint_steps(self.folder):
+        if progress.step != self._saved:
             self.begin(progress)
             written = self._writer.finish() or written
         return written

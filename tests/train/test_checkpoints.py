@@ -1,11 +1,13 @@
 """Checkpoints of a stage: written while it trains, continued from bit for bit, refused when they are of something else."""
 
 import json
+import os
 import shutil
 import signal
 
 import pytest
 
+from glm.checkpoint import manifest
 from glm.checkpoint.manifest import MANIFEST, checkpoint_steps, read_manifest, seal
 from glm.checkpoint.run_folder import RunFolder, write_json
 from tests.train.forked import STAGE, Ranks, checkpoints, completed, numbers, part_of, refused, start_of, state_digests
@@ -109,6 +111,17 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_former_one(w
     assert checkpoint_steps(checkpoints(folder)) == [2] and not list(checkpoints(folder).glob(".step*"))
     completed(folder, text)
     assert state_digests(folder) == state_digests(whole)
+
+
+def test_a_stage_ends_although_another_node_does_not_see_its_last_checkpoint(whole, text, monkeypatch):
+    """As on a shared disk whose listings lag: ranks that each looked for themselves would not all begin the same save."""
+    seen = manifest.step_folders
+    monkeypatch.setattr(manifest, "step_folders", lambda folder: seen(folder) if os.environ.get("RANK") == "0" else [])
+    folder = part_of(whole, "lagging", (6,))
+    with Ranks(folder, text, f"{STAGE}.launcher.ranks_per_node=2", f"{STAGE}.layout.ep=2") as ranks:
+        assert ranks.wait(seconds=60) == 0, ranks.said
+    monkeypatch.undo()
+    assert checkpoint_steps(checkpoints(folder)) == [6, 8]
 
 
 def test_milestones_stay_and_do_not_count(whole, text):
