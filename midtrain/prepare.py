@@ -10,12 +10,12 @@ finished tasks lie in RUN/data/NAME-tasks. Killed and run again, or with more pa
 
 import hashlib
 import json
-import shutil
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
 from glm.checkpoint.run_folder import RunFolder, write_json
+from glm.data.prepared import all_whole
 from glm.data.tasks import run_tasks, worker_pool
 from glm.data.tokenized import read_facts, write_shard_list
 from glm.errors import DataError
@@ -48,9 +48,8 @@ def main(recipe: MidtrainPrepareRecipe) -> None:
 def make(folder: RunFolder, name: str, tasks: dict[str, dict], pool: Executor | None, broken_limit: int) -> list[dict]:
     """Facts of the tasks of one corpus, in order. Raises DataError for too many broken records."""
     work = folder.data / f"{name}-tasks"
-    for task in tasks:
-        _forget_if_lost(folder.data, work / task)
-    facts = list(run_tasks(work, tasks, partial(do_task, folder.data, folder.tokenizer), pool, label=name).values())
+    do, intact = partial(do_task, folder.data, folder.tokenizer), partial(_shards_whole, folder.data)
+    facts = list(run_tasks(work, tasks, do, pool, label=name, intact=intact).values())
     broken = sum(one["broken"] for one in facts)
     if broken > broken_limit:
         first = next(words for one in facts for words in one["first_broken"])
@@ -62,14 +61,8 @@ def make(folder: RunFolder, name: str, tasks: dict[str, dict], pool: Executor | 
     return facts
 
 
-def _forget_if_lost(data: Path, task: Path) -> None:
-    """A finished task whose shards somebody deleted is to be done again."""
-    try:
-        shards = json.loads((task / "facts.json").read_text(encoding="utf-8"))["facts"]["shards"].values()
-    except (FileNotFoundError, ValueError):    # not finished; what is torn is told by run_tasks
-        return
-    if any(not (data / f"{shard['name']}.json").is_file() for shard in shards):
-        shutil.rmtree(task, ignore_errors=True)    # another rank may be at it too
+def _shards_whole(data: Path, facts: dict) -> bool:
+    return all_whole(data, (shard["name"] for shard in facts["shards"].values()))
 
 
 def register(folder: RunFolder, facts: dict[str, list[dict]], tokenizer: str) -> None:

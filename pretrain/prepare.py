@@ -15,15 +15,19 @@ import hashlib
 import json
 import shutil
 import time
+import uuid
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from glm.checkpoint.run_folder import RunFolder, write_json
+from glm.data.prepared import all_whole, prepared_corpora
 from glm.data.tasks import FACTS, POLL_SECONDS, run_tasks, worker_pool
 from glm.data.tokenized import write_shard_list
 from glm.errors import DataError
-from glm.platform.ranks import place
+from glm.platform.ranks import Place, place
 from glm.recipe.raw import RawSource
 from glm.recipe.schema import PrepareRecipe
 from glm.tokenizer.load import digest_of, load_tokenizer, token_id
@@ -32,7 +36,7 @@ from pretrain import duplicates, semantic
 from pretrain.buckets import quality_task
 from pretrain.language import check_languages
 from pretrain.readers import pieces
-from pretrain.reading import Readings, read_task, too_many_broken
+from pretrain.reading import LIST, Readings, list_task, read_task, too_many_broken
 from pretrain.report import report
 from pretrain.scorers import import_plugins, make_scorer
 from pretrain.signatures import bands_and_rows
@@ -47,17 +51,39 @@ def main(recipe: PrepareRecipe) -> None:
     folder, here = RunFolder.of(recipe), place()
     _refuse_what_cannot_work(recipe)
     preparation = Preparation.of(recipe, folder)
-    with worker_pool(recipe.workers) as pool:
-        facts = preparation.run(pool)
-    seen = preparation.work / f"seen-by-rank-{here.rank}"
-    if here.rank:
-        seen.touch()    # the last thing this rank wants of the folder
-        return
-    for rank in range(1, here.world_size):
-        while not (preparation.work / f"seen-by-rank-{rank}").exists():
+    if here.rank == 0:
+        for left_by_a_killed_process in folder.data.glob(".prepare-*.tmp"):
+            shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
+    if not preparation.registered():
+        with worker_pool(recipe.workers) as pool:
+            facts = preparation.run(pool)
+        if here.rank == 0:
+            register(preparation, facts)
+    give_up(preparation.work, here)
+
+
+def give_up(work: Path, here: Place) -> None:
+    """Removes the folder when every rank has come here, which is the last that wants anything of it.
+
+    Rank 0 asks with a word of its own and the others repeat it: what a killed launch asked or answered counts for nothing.
+    The folder goes under a hidden name, whole: a rank finds all of it or none.
+    """
+    asked, answers, answered = work / "asked.json", [work / f"answer-{rank}.json" for rank in range(here.world_size)], None
+    if here.rank == 0 and work.is_dir():
+        word = uuid.uuid4().hex
+        write_json(asked, word)
+        while any(_word(answer) != word for answer in answers[1:]):
             time.sleep(POLL_SECONDS)
-    register(preparation, facts)
-    shutil.rmtree(preparation.work)
+        shutil.rmtree(work.replace(work.with_name(f".{work.name}.tmp")))
+    while here.rank and work.is_dir():
+        if (word := _word(asked)) not in (None, answered):
+            write_json(answers[here.rank], answered := word)
+        time.sleep(POLL_SECONDS)
+
+
+def _word(path: Path) -> str | None:
+    with suppress(FileNotFoundError):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _refuse_what_cannot_work(recipe: PrepareRecipe) -> None:
@@ -133,19 +159,26 @@ class Preparation:
         """File name of a corpus."""
         return f"{source}-{bucket}-{self.digest}"
 
+    def registered(self) -> bool:
+        """Whether a start before this one got as far as the registry, which it wrote last, and the corpora are there."""
+        mine = {entry.corpus for name, entry in prepared_corpora(self.folder).items() if name.partition("/")[0] in self.recipe.sources}
+        return bool(mine) and all(corpus.endswith(f"-{self.digest}") for corpus in mine) and all_whole(self.folder.data, mine)
+
     def run(self, pool: Executor | None) -> dict:
         """Facts of every step."""
         read = run_tasks(self.work / "read", self.tasks, read_task, pool, label="read")
         self._refuse_broken(read)
         readings = Readings(self.work / "read", tuple(read), tuple(facts["kept"] for facts in read.values()), self.owners)
+        digest = run_tasks(self.work / "readings", {"list": readings.as_json()}, list_task, label="readings")["list"]["digest"]
+        listed = {"file": str(self.work / "readings" / "list" / LIST), "digest": digest}
         steps: list[tuple[str, Path]] = []
         for reason, step in (("exact", self._exact), ("near", self._near), ("quality", self._quality), ("semantic", self._semantic)):
-            given = {"readings": readings.as_input(), "alive": str(steps[-1][1]) if steps else None}
+            given = {"readings": listed, "alive": str(steps[-1][1]) if steps else None}
             after = step(readings, given, pool)
             if after is not None:
                 steps.append((reason, after))
         quality = json.loads((self.work / "quality" / "edges" / FACTS).read_text(encoding="utf-8"))["facts"]
-        written = self._write(readings, quality, steps, pool)
+        written = self._write(readings, listed, quality, steps, pool)
         return {"read": read, "quality": quality, "steps": steps, "readings": readings, "written": written}
 
     def _refuse_broken(self, read: dict[str, dict]) -> None:
@@ -208,19 +241,28 @@ class Preparation:
         run_tasks(place_of, {"resolved": given | dropped}, duplicates.drop_task, pool, label="semantic duplicates")
         return place_of / "resolved" / "alive.npy"
 
-    def _write(self, readings: Readings, quality: dict[str, dict], steps: list, pool: Executor | None) -> dict[str, dict]:
+    def _write(self, readings: Readings, listed: dict, quality: dict[str, dict], steps: list, pool: Executor | None) -> dict[str, dict]:
         tasks = {}
         for number, (name, owner) in enumerate(zip(readings.names, readings.sources)):
             edges = quality[owner]["edges"]
-            shards = {bucket: f"{self.corpus(owner, bucket)}-{name[-5:]}" for bucket, _ in edges}
+            shards = {bucket: shard_name(self.corpus(owner, bucket), name) for bucket, _ in edges}
             tasks[name] = {
-                "readings": readings.as_input(), "task": number, "name": owner, "source": self.sources[owner].model_dump(mode="json"),
+                "readings": listed, "task": number, "name": owner, "source": self.sources[owner].model_dump(mode="json"),
                 "edges": edges,
                 "steps": [(reason, str(path)) for reason, path in steps], "seed": self.recipe.seed, "data": str(self.folder.data),
                 "shards": shards, "tokenizer": str(self.folder.tokenizer), "tokenizer_digest": self.tokenizer,
                 "vocab_size": self.vocab_size, "control_ids": self.control_ids,
             }
-        return run_tasks(self.work / "write", tasks, write_task, pool, label="tokenize")
+        return run_tasks(self.work / "write", tasks, write_task, pool, label="tokenize", intact=partial(_shards_whole, self.folder.data))
+
+
+def shard_name(corpus: str, task: str) -> str:
+    """Of a corpus, what one reading task gave to it."""
+    return f"{corpus}-{task.rpartition('-')[2]}"
+
+
+def _shards_whole(data: Path, facts: dict) -> bool:
+    return all_whole(data, (part["shard"] for part in facts["written"].values()))
 
 
 def register(preparation: Preparation, facts: dict) -> None:
@@ -243,5 +285,5 @@ def register(preparation: Preparation, facts: dict) -> None:
                 entries[f"{source}/{bucket}"] = made[stand_in, "all"]
     before = json.loads(folder.prepared.read_text(encoding="utf-8")) if folder.prepared.is_file() else {}
     others = {name: entry for name, entry in before.items() if name.partition("/")[0] not in preparation.recipe.sources}
-    write_json(folder.prepared, others | entries)
     report(preparation.recipe.stage, folder.data, tuple(preparation.sources), preparation.owners, facts)
+    write_json(folder.prepared, others | entries)

@@ -5,15 +5,18 @@ float32[n], sizes.npy int64[n] bytes, and for near-duplicates signatures.npy uin
 What later steps need to know of all documents is read from these, memory-mapped and a column at a time.
 """
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from glm.checkpoint.run_folder import write_json
 from glm.errors import DataError
 from glm.recipe.raw import Deduplicate, RawSource
 from pretrain.clean import clean
@@ -23,6 +26,7 @@ from pretrain.scorers import import_plugins, make_scorer
 from pretrain.signatures import band_hashes, bands_and_rows, text_signature
 
 BATCH = 256
+LIST = "readings.json"
 SAMPLES = 4
 """Documents kept to look at, for each reason and task."""
 SAMPLE_CHARACTERS = 400
@@ -121,6 +125,19 @@ def too_many_broken(last: DataError, limit: int) -> DataError:
     return DataError(last.where, f"{last.found}; more than {limit} such records in this source", last.expected, todo)
 
 
+def list_task(given: dict, folder: Path) -> dict:
+    """readings.json, which tasks are given by name: there are as many of them as it has entries."""
+    write_json(folder / LIST, given)
+    return {"digest": hashlib.blake2b(json.dumps(given).encode(), digest_size=8).hexdigest()}
+
+
+@lru_cache(maxsize=1)
+def _listed(file: str, digest: str) -> "Readings":
+    """Of this process: read once."""
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    return Readings(Path(found["folder"]), tuple(found["names"]), tuple(found["counts"]), tuple(found["sources"]))
+
+
 @dataclass(frozen=True)
 class Readings:
     """The results of all reading tasks, documents numbered through them in reading order."""
@@ -142,12 +159,13 @@ class Readings:
     def documents(self) -> int:
         return int(self.firsts[-1])
 
-    def as_input(self) -> dict:
+    def as_json(self) -> dict:
         return {"folder": str(self.folder), "names": list(self.names), "counts": list(self.counts), "sources": list(self.sources)}
 
     @classmethod
     def of_input(cls, given: dict) -> "Readings":
-        return cls(Path(given["folder"]), tuple(given["names"]), tuple(given["counts"]), tuple(given["sources"]))
+        """``given``: file and digest, as ``list_task`` left them."""
+        return _listed(given["file"], given["digest"])
 
     def array(self, task: int, column: str) -> np.ndarray:
         return np.load(self.folder / self.names[task] / f"{column}.npy", mmap_mode="r" if self.counts[task] else None)

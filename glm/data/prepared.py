@@ -1,9 +1,12 @@
 """The corpora that prepare stages made, by the name a mixture gives them: NAME/BUCKET."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from glm.checkpoint.run_folder import RunFolder
+from glm.data.tokenized import read_facts
 from glm.errors import DataError
 
 
@@ -38,3 +41,11 @@ def prepared_corpus(folder: RunFolder, name: str, *, asked_by: str) -> Prepared:
             f"run the prepare stage that makes {name.partition('/')[0]} (prepare_pretrain or prepare_midtrain), or correct the mixture",
         )
     return known[name]
+
+
+def all_whole(data: Path, names: Iterable[str]) -> bool:
+    """Whether these corpora or shards are in RUN/data with all their files. A task whose shards are not is to be done again."""
+    try:
+        return all(read_facts(data, name) is not None for name in names)
+    except DataError:
+        return False

@@ -50,20 +50,20 @@ def worker_pool(workers: int | None = None) -> Iterator[Executor | None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run_tasks(folder: Path, tasks: Mapping[str, object], work: Work, pool: Executor | None = None, *, label: str) -> dict[str, dict]:
+def run_tasks(folder: Path, tasks: Mapping[str, object], work: Work, pool: Executor | None = None, *, label: str,
+              intact: Callable[[dict], bool] = lambda facts: True) -> dict[str, dict]:
     """Each task's facts, in the order of ``tasks``; ``folder / NAME`` holds the files of the task NAME.
 
-    ``tasks``: name (of a file) -> what it works on, JSON values. A result made for another input is made again.
+    ``tasks``: name (of a file) -> what it works on, JSON values. A result made for another input is made again, and so is one
+    that is not ``intact``: told by its facts, whether what the task left outside its folder is still there, whole.
     Raises what ``work`` raised, of the first task in order that failed; results that were finished stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rank, ranks = place().rank, place().world_size
     prints = {name: _fingerprint(given) for name, given in tasks.items()}
     mine = list(tasks)[rank::ranks]
-    for name in mine:
-        for left_by_a_killed_process in folder.glob(f".{name}.*.tmp"):
-            shutil.rmtree(left_by_a_killed_process)
-    todo = [name for name in mine if _finished(folder, name, prints[name]) is None]
+    _sweep(folder, set(mine))
+    todo = [name for name in mine if (facts := _finished(folder, name, prints[name])) is None or not intact(facts)]
     done_before = len(mine) - len(todo)
     with tqdm(total=len(mine), initial=done_before, desc=label, unit="task", disable=None, leave=False) as progress:
         if pool is None:
@@ -72,7 +72,14 @@ def run_tasks(folder: Path, tasks: Mapping[str, object], work: Work, pool: Execu
                 progress.update()
         else:
             _do_in_pool(folder, {name: (prints[name], tasks[name]) for name in todo}, work, pool, progress)
-    return {name: _await(folder, name, prints[name]) for name in tasks}
+    return {name: _await(folder, name, prints[name], intact) for name in tasks}
+
+
+def _sweep(folder: Path, names: set[str]) -> None:
+    """Removes what killed processes began of these tasks."""
+    for entry in list(folder.iterdir()):
+        if entry.name.startswith(".") and entry.suffix == ".tmp" and entry.name[1:].rsplit(".", 2)[0] in names:
+            shutil.rmtree(entry)
 
 
 def _do_in_pool(folder: Path, todo: dict[str, tuple[str, object]], work: Work, pool: Executor, progress: tqdm) -> None:
@@ -127,8 +134,10 @@ def _finished(folder: Path, name: str, fingerprint: str) -> dict | None:
     return found["facts"] if found["input"] == fingerprint else None
 
 
-def _await(folder: Path, name: str, fingerprint: str) -> dict:
-    """As ``_finished``, when another rank has made it. A rank that fails ends all, so this waits without end."""
-    while (facts := _finished(folder, name, fingerprint)) is None:
+def _await(folder: Path, name: str, fingerprint: str, intact: Callable[[dict], bool]) -> dict:
+    """As ``_finished``, when another rank has made it. A rank that fails ends all, so this waits as long as the folder is there."""
+    while (facts := _finished(folder, name, fingerprint)) is None or not intact(facts):
+        if not folder.is_dir():
+            raise PlatformError(str(folder), "removed while its tasks were waited for", "the folder of a stage at work", "run the stage again")
         time.sleep(POLL_SECONDS)
     return facts

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -117,3 +119,19 @@ def test_two_ranks_share_the_tasks_and_return_the_same(undisturbed, tmp_path):
     assert told[0] == told[1] and list(told[0]) == list(TASKS)
     assert tree(tmp_path / "out") == undisturbed
     assert sorted(map(int, (tmp_path / "attempts").read_text().split())) == list(range(12))
+
+
+def test_what_a_task_left_elsewhere_and_is_lost_is_made_again(tmp_path):
+    tasks = {name: TASKS[name] for name in ("part-3", "part-4")}
+    run_tasks(tmp_path / "out", tasks, squares, label="squares")
+    run_tasks(tmp_path / "out", tasks, squares, label="squares", intact=lambda facts: (tmp_path / "attempts").read_text().count("4") > 1 or facts["square"] == 9)
+    assert (tmp_path / "attempts").read_text().split() == ["3", "4", "4"]
+
+
+def test_a_rank_does_not_wait_in_a_folder_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    gone = threading.Timer(0.3, lambda: shutil.rmtree(tmp_path / "out"))
+    gone.start()
+    with pytest.raises(PlatformError, match="removed while"):
+        run_tasks(tmp_path / "out", {"part-0": {"number": 1}}, squares, label="squares")

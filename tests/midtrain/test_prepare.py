@@ -109,8 +109,7 @@ def test_any_number_of_workers_makes_the_same_bytes_and_a_second_run_makes_nothi
     assert one == two and len([name for name in one if name.endswith(".bin")]) > 8
     before = {path: path.stat().st_mtime_ns for path in run_folder.data.glob("*.bin")}
     lost = next(run_folder.data.glob("agents-all-*.bin"))
-    lost.unlink()
-    lost.with_suffix(".json").unlink()
+    lost.unlink()    # a task whose shard is not whole is done again
     main(stage(stages, run_folder, material))
     after = {path: path.stat().st_mtime_ns for path in run_folder.data.glob("*.bin")}
     assert {path for path in before if before[path] != after[path]} == {lost}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from math import sqrt
@@ -17,11 +18,13 @@ from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.data.prepared import prepared_corpora
 from glm.data.tokenized import open_corpus
 from glm.errors import DataError
+from glm.platform.ranks import Place
 from glm.recipe.saved import dump_recipe
 from glm.recipe.schema import PrepareRecipe
 from glm.tokenizer.load import load_tokenizer, token_id
 from glm.tokenizer.special_tokens import CODE_MIDDLE, CODE_PREFIX, CODE_SUFFIX, CONTROL_TOKENS, END_OF_TEXT
-from pretrain.prepare import main
+from pretrain import prepare
+from pretrain.prepare import give_up, main, shard_name
 from tests.pretrain.conftest import recipe_on, source, write_jsonl
 from tests.pretrain.planted import GERMAN, SPAM, essay, nearly, program, templated
 
@@ -214,3 +217,46 @@ def test_held_out_documents_are_the_same_rearranged_or_not(tmp_path, make_recipe
         folder = RunFolder(tmp_path / f"run{rate}")
         held_out[rate] = open_corpus(folder.data, prepared_corpora(folder)["code/all"].corpus).validation_documents.tolist()
     assert held_out[0.0] == held_out[1.0] and len(held_out[0.0]) > 0
+
+
+def test_shards_of_a_hundred_thousand_tasks_have_names_of_their_own():
+    assert len({shard_name("my-web-all-abc", f"my-web-{number:05d}") for number in range(0, 300_000, 10_000)}) == 30
+
+
+def prepared_but_killed(recipe, monkeypatch, at: str) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, at, lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main(recipe)
+
+
+def test_killed_at_its_end_the_stage_makes_again_what_was_lost_and_no_more(tmp_path, make_recipe, monkeypatch):
+    write_jsonl(tmp_path / "raw.jsonl", [essay(number) for number in range(40)])
+    sources = {"web": source(path=str(tmp_path / "raw.jsonl"))}
+    main(make_recipe(tmp_path / "undisturbed", sources))
+    recipe, folder = make_recipe(tmp_path / "run", sources), RunFolder(tmp_path / "run")
+    prepared_but_killed(recipe, monkeypatch, "register")
+    torn, lost, *_, whole = sorted(folder.data.glob("web-all-*.idx"))
+    torn.write_bytes(torn.read_bytes() + b"a tail's")
+    lost.with_suffix(".json").unlink()
+    written = whole.stat().st_mtime_ns
+    prepared_but_killed(recipe, monkeypatch, "give_up")
+    assert whole.stat().st_mtime_ns == written
+    (folder.data / ".prepare-x.tmp" / "read").mkdir(parents=True)
+    monkeypatch.setattr(prepare.Preparation, "run", None)    # there is nothing left to do
+    main(recipe)
+    assert not list(folder.data.glob(".prepare-*")) and not list(folder.data.glob("prepare-*"))
+    assert corpora(folder) == corpora(RunFolder(tmp_path / "undisturbed"))
+
+
+def test_what_ranks_of_a_killed_launch_left_lets_no_folder_go_that_is_wanted(tmp_path):
+    work = tmp_path / "prepare-x"
+    write_json(work / "asked.json", "before")
+    write_json(work / "answer-1.json", "before")
+    rank_0 = threading.Thread(target=give_up, args=(work, Place(0, 0, 2)), daemon=True)
+    rank_0.start()
+    rank_0.join(0.5)
+    assert rank_0.is_alive() and work.is_dir(), "rank 1 is not there yet"
+    give_up(work, Place(1, 1, 2))
+    rank_0.join(10)
+    assert not rank_0.is_alive() and not list(tmp_path.iterdir())
