@@ -1,5 +1,8 @@
 import json
+import multiprocessing
+import signal
 import subprocess
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from glm.recipe.midtrain import AgentCorpus, LongCorpus, ReasoningCorpus, Reposi
 from glm.recipe.sections import Source
 from midtrain.prepare import main
 from midtrain.tasks import names_of
+from tests.midtrain.killed import endings
 from tests.midtrain.test_contexts import RECORDS
 from tests.midtrain.test_records import TOOLS, TRAJECTORY
 
@@ -113,6 +117,26 @@ def test_any_number_of_workers_makes_the_same_bytes_and_a_second_run_makes_nothi
     main(stage(stages, run_folder, material))
     after = {path: path.stat().st_mtime_ns for path in run_folder.data.glob("*.bin")}
     assert {path for path in before if before[path] != after[path]} == {lost}
+
+
+def made_files(folder: RunFolder) -> dict[str, bytes]:
+    """What readers of the run folder's data see; drafts have hidden names."""
+    return {str(path.relative_to(folder.data)): path.read_bytes() for path in folder.data.rglob("*")
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder.data).parts)}
+
+
+def test_a_stage_killed_again_and_again_goes_on_to_the_same_bytes(stages, run_folder, material, tmp_path, tokenizer_folder):
+    other = RunFolder(tmp_path / "other")
+    other.root.mkdir()
+    other.tokenizer.symlink_to(tokenizer_folder)
+    main(stage(stages, other, material))
+    moments = [1, 4, 30, 40]    # of some 110 renames; what a start finished the next has not to do
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clean:
+        assert clean.submit(endings, stage(stages, run_folder, material), moments).result() == [-signal.SIGKILL] * len(moments)
+    finished = list(run_folder.data.glob("*-tasks/0*/facts.json"))
+    assert finished and not run_folder.prepared.exists()
+    main(stage(stages, run_folder, material))
+    assert made_files(run_folder) == made_files(other)
 
 
 def test_a_list_that_grew_makes_only_what_is_new(stages, run_folder, tmp_path, story, material):
