@@ -38,11 +38,11 @@ from pretrain.language import check_languages
 from pretrain.readers import pieces
 from pretrain.reading import LIST, Readings, list_task, read_task, too_many_broken
 from pretrain.report import report
-from pretrain.scorers import import_plugins, make_scorer
+from pretrain.scorers import import_plugins, judged_by, make_scorer
 from pretrain.signatures import bands_and_rows
 from pretrain.writing import write_task
 
-FORMAT = "1"
+FORMAT = "2"
 """Raised when the same inputs give other corpora."""
 
 
@@ -146,7 +146,8 @@ class Preparation:
                 owners.append(name)
         tokenizer = digest_of(folder.tokenizer)
         semantic_rules = recipe.semantic.model_dump(mode="json") if recipe.semantic else None
-        everything = json.dumps([FORMAT, tokenizer, recipe.seed, semantic_rules, tasks], sort_keys=True)
+        judged = judged_by(recipe.plugins, [source.quality for source in sources.values() if source.quality])
+        everything = json.dumps([FORMAT, tokenizer, recipe.seed, semantic_rules, list(sources), judged, tasks], sort_keys=True)
         digest = hashlib.blake2b(everything.encode(), digest_size=6).hexdigest()
         control_ids = {token: token_id(loaded, token) for token in (CODE_PREFIX, CODE_MIDDLE, CODE_SUFFIX)}
         return cls(recipe, folder, sources, stands_for, tasks, tuple(owners), digest, tokenizer, len(loaded), control_ids)

@@ -8,6 +8,7 @@ be read is (name, DataError).
 
 import gzip
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def _compressed_lines(file: Path, name: str, field: str) -> Iterator[Record]:
             for number, raw in enumerate(_split_lines(stream), start=1):
                 if raw.strip():
                     yield f"{name}:line {number}", _attempt(lambda: f"{file}, line {number}", raw, field)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         found, todo = f"not readable to its end: {error}", "write the file again or remove it"
         raise DataError(str(file), found, "compressed lines of JSON", todo) from error
 

@@ -1,7 +1,9 @@
 """Quality scorers by name. A scorer turns texts into scores from 0, worthless, to 1; a recipe's ``plugins`` may register more."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Protocol
 
 from glm.errors import RecipeError
@@ -37,6 +39,17 @@ def import_plugins(modules: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             todo = "correct the name, or put its folder on PYTHONPATH"
             raise RecipeError("plugins", f"{module}: {error}", "a module that can be imported", todo) from error
+
+
+def judged_by(plugins: Sequence[str], qualities: Sequence[Quality]) -> dict[str, str]:
+    """File -> digest, of all that scores and embeddings depend on: the code of the plug-ins, the files their options name."""
+    files = []
+    for plugin in plugins:
+        module = import_module(plugin)
+        files += sorted(file for folder in getattr(module, "__path__", ()) for file in Path(folder).rglob("*.py")) or [Path(module.__file__)]
+    options = [option for quality in qualities for _, option in sorted(quality.options.items()) if isinstance(option, str)]
+    files += [path for path in (Path(option).expanduser() for option in options) if path.is_file()]
+    return {str(file): hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files}
 
 
 def make_scorer(quality: Quality) -> Scorer:

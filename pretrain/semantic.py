@@ -162,17 +162,20 @@ def _nearest(embeddings: np.ndarray, centres: np.ndarray) -> np.ndarray:
 def compare_task(given: dict, folder: Path) -> dict:
     """dropped.npy int64[pairs, 2] of (kept, dropped) in clusters [first, last)."""
     readings = Readings.of_input(given["readings"])
+    clusters, documents, embeddings = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], []
+    for path in map(Path, given["embedded"]):
+        nearest = np.load(path / "clusters.npy")
+        here = np.flatnonzero((nearest >= given["first"]) & (nearest < given["last"]))
+        if len(here):
+            clusters.append(nearest[here])
+            documents.append(np.load(path / "documents.npy")[here])
+            embeddings.append(np.load(path / "embeddings.npy", mmap_mode="r")[here])
+    clusters, documents = np.concatenate(clusters), np.concatenate(documents)
+    embeddings = np.concatenate(embeddings) if embeddings else np.zeros((0, 1), np.float32)
     pairs = [np.zeros((0, 2), np.int64)]
-    for cluster in range(given["first"], given["last"]):
-        documents, embeddings = [], []
-        for path in map(Path, given["embedded"]):
-            here = np.flatnonzero(np.load(path / "clusters.npy") == cluster)
-            if len(here):
-                documents.append(np.load(path / "documents.npy")[here])
-                embeddings.append(np.load(path / "embeddings.npy", mmap_mode="r")[here])
-        if documents:
-            found = np.concatenate(documents)
-            pairs.append(drop_close(found, np.concatenate(embeddings), readings.rows("scores", found), given["threshold"]))
+    for cluster in np.unique(clusters):
+        here = np.flatnonzero(clusters == cluster)
+        pairs.append(drop_close(documents[here], embeddings[here], readings.rows("scores", documents[here]), given["threshold"]))
     dropped = np.concatenate(pairs)
     np.save(folder / "dropped.npy", dropped)
     return {"dropped": len(dropped)}

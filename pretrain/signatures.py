@@ -84,5 +84,8 @@ def band_hashes(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
 def text_signature(text: str, deduplicate: Deduplicate) -> tuple[np.ndarray, np.ndarray]:
     """(exact hash uint64[2], signature uint32[permutations]); what is not asked for is zeros."""
     words = normalised_words(text)
-    near = signature(words, deduplicate) if deduplicate.near else np.zeros(deduplicate.permutations, np.uint32)
+    if deduplicate.near:
+        near = signature(words or list("".join(text.split())), deduplicate)    # without words (all symbols, another script): of characters
+    else:
+        near = np.zeros(deduplicate.permutations, np.uint32)
     return exact_hash(text, words), near

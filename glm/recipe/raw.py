@@ -112,5 +112,6 @@ class Semantic(Section):
     """A registered embedder: tfidf_svd, or one of the recipe's ``plugins``."""
     dimensions: Positive = 64
     documents_per_cluster: Positive = 1000
+    """There are at most ``sample_documents`` / 4 clusters: with more than 250 times the sample a cluster has more documents."""
     sample_documents: Positive = 20_000
-    """Documents that the embedder and the clusters are fitted on."""
+    """Documents that the embedder and the clusters are fitted on, in memory."""

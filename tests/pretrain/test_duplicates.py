@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from glm.recipe.raw import Deduplicate
 from pretrain.duplicates import candidate_pairs, keep_first
 from pretrain.semantic import drop_close
-from pretrain.signatures import band_hashes, bands_and_rows, exact_hash, shingles, signature
+from pretrain.signatures import band_hashes, bands_and_rows, exact_hash, shingles, signature, text_signature
 from pretrain.words import normalised_words
 from tests.pretrain.planted import essay
 
@@ -87,6 +87,12 @@ def test_signatures_are_datasketch_s_over_our_shingles():
 def test_equal_after_normalisation(one, other, equal):
     hashes = [exact_hash(text, normalised_words(text)) for text in (one, other)]
     assert (hashes[0] == hashes[1]).all() == equal
+
+
+def test_documents_without_words_are_alike_if_their_characters_are():
+    art = "+---+--*--+\n|   |  *  |\n" * 9
+    one, same, other = (text_signature(text, RULES)[1] for text in (art, art + "!", "(*) [=] {;} <~> /#/ " * 9))
+    assert (one == same).mean() > RULES.threshold > 0.5 > (one == other).mean()
 
 
 @given(st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=60), st.lists(st.booleans(), min_size=30, max_size=30))

@@ -23,7 +23,7 @@ from glm.recipe.saved import dump_recipe
 from glm.recipe.schema import PrepareRecipe
 from glm.tokenizer.load import load_tokenizer, token_id
 from glm.tokenizer.special_tokens import CODE_MIDDLE, CODE_PREFIX, CODE_SUFFIX, CONTROL_TOKENS, END_OF_TEXT
-from pretrain import prepare
+from pretrain import prepare, scorers
 from pretrain.prepare import give_up, main, shard_name
 from tests.pretrain.conftest import recipe_on, source, write_jsonl
 from tests.pretrain.planted import GERMAN, SPAM, essay, nearly, program, templated
@@ -260,3 +260,25 @@ def test_what_ranks_of_a_killed_launch_left_lets_no_folder_go_that_is_wanted(tmp
     give_up(work, Place(1, 1, 2))
     rank_0.join(10)
     assert not rank_0.is_alive() and not list(tmp_path.iterdir())
+
+
+def test_other_code_another_model_or_another_order_is_another_preparation(tmp_path, make_recipe, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(scorers, "_registered", {})
+    for name in ("web", "books"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [essay(number) for number in range(4)])
+    (tmp_path / "judge.py").write_text("from pretrain.scorers import register_scorer\nregister_scorer('judge')(lambda model: len)\n")
+    (tmp_path / "model").write_text("1")
+    quality = {"scorer": "judge", "options": {"model": str(tmp_path / "model")}}
+    sources = {name: source(path=str(tmp_path / f"{name}.jsonl"), quality=quality) for name in ("web", "books")}
+
+    def digest(**more) -> str:
+        recipe = make_recipe(tmp_path / "run", sources, plugins=["judge"], **more)
+        return prepare.Preparation.of(recipe, RunFolder.of(recipe)).digest
+
+    found = [digest(), digest(order=["books", "web"])]
+    (tmp_path / "model").write_text("2")
+    found.append(digest())
+    (tmp_path / "judge.py").write_text((tmp_path / "judge.py").read_text() + "# changed\n")
+    found.append(digest())
+    assert len(set(found)) == 4 and digest() == found[-1]

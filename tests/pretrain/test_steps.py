@@ -95,10 +95,14 @@ def test_a_broken_record_is_named_by_file_and_line_and_the_rest_is_read(tmp_path
 def test_a_file_that_ends_early_and_a_column_that_is_not_there_are_told(tmp_path):
     written_gzip(tmp_path)
     path = tmp_path / "all.jsonl.gz"
-    path.write_bytes(path.read_bytes()[:-40])
+    whole = bytearray(path.read_bytes())
+    flipped = whole[:]
+    flipped[len(whole) // 2] ^= 255
     source = RawSource(path=str(path))
-    with pytest.raises(DataError, match="not readable to its end"):
-        list(read(pieces("web", source, 10**6, 1, 0)[0], source))
+    for broken in (whole[:-40], flipped, whole[:20] + bytes(20) + whole[40:]):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match="not readable to its end"):
+            list(read(pieces("web", source, 10**6, 1, 0)[0], source))
     written_parquet(tmp_path)
     source = RawSource(path=str(tmp_path / "all.parquet"), text_field="content")
     with pytest.raises(DataError, match="columns text(.|\n)*text_field"):
