@@ -55,10 +55,11 @@ def chained_fingerprint(recipe: StageRecipe, parents: list[str]) -> str:
 
 
 def differing_keys(old: StageRecipe, new: StageRecipe, only: tuple[str, ...] = ()) -> list[str]:
-    """``schedule.peak_lr: 0.001 -> 0.002`` for each key that makes the fingerprints differ, or for each below ``only``."""
-    before, after = (_below(flatten(dump_recipe(old)), only), _below(flatten(dump_recipe(new)), only)) if only else (
-        _result_keys(old), _result_keys(new)
-    )
+    """``schedule.peak_lr: 0.001 -> 0.002`` for each key that makes the fingerprints differ, or for each below ``only``.
+
+    Never those that are no part of the result.
+    """
+    before, after = (_below(_kept(recipe), only) if only else _result_keys(recipe) for recipe in (old, new))
     absent = "(not set)"
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key, absent) != after.get(key, absent)]
     return [f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}" for key in keys]
@@ -74,8 +75,15 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _result_keys(recipe: StageRecipe) -> dict[str, object]:
-    flat = flatten(dump_recipe(recipe))
-    left_out = _below(flat, NOT_PART_OF_THE_RESULT + RESULT_UP_TO_ROUNDING)
+    return _without(_kept(recipe), RESULT_UP_TO_ROUNDING)
+
+
+def _kept(recipe: StageRecipe) -> dict[str, object]:
+    return _without(flatten(dump_recipe(recipe)), NOT_PART_OF_THE_RESULT)
+
+
+def _without(flat: dict[str, object], names: tuple[str, ...]) -> dict[str, object]:
+    left_out = _below(flat, names)
     return {key: value for key, value in flat.items() if key not in left_out}
 
 

@@ -40,6 +40,12 @@ def test_another_layout_or_machine_is_the_same_stage_up_to_rounding():
     ]
 
 
+def test_what_is_no_part_of_the_result_is_no_other_layout_either():
+    changed = ("launcher.timeout_seconds=9", "launcher.max_restarts=1", "launcher.grace_seconds=9")
+    old, new = (load_run(TINY, list(given)).stages["pretrain_general"] for given in ((), changed))
+    assert old.launcher != new.launcher and differing_keys(old, new, only=RESULT_UP_TO_ROUNDING) == []
+
+
 def test_a_stage_s_fingerprint_contains_its_parents_and_the_tokenizer_s():
     before, after = prints(), prints("midtrain_reasoning.schedule.peak_lr=1e-3")
     same = [stage for stage in before if before[stage] == after[stage]]
