@@ -12,7 +12,7 @@ from glm.recipe.schema import RECIPE_OF_MAIN, StageRecipe
 NOT_PART_OF_THE_RESULT = (
     "name", "run_folder", "logging", "launcher.kind", "launcher.timeout_seconds", "launcher.max_restarts", "launcher.grace_seconds",
     "checkpoint", "engine.start_timeout_seconds", "engine.request_timeout_seconds", "device", "recompute", "workers", "validation",
-    "data.workers", "data.worker_timeout_seconds",
+    "data.workers", "data.worker_timeout_seconds", "guard.rollback_limit", "guard.rollback_window",
 )
 """Keys that may change between two starts of the same stage."""
 RESULT_UP_TO_ROUNDING = ("layout", "launcher", "platform", "kernels")

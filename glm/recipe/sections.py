@@ -339,7 +339,9 @@ class Guard(Section):
     skip_limit: Positive = 3
     """Refused steps within the window after which the stage goes back to the checkpoint before them."""
     rollback_limit: Annotated[int, Field(ge=0)] = 2
-    """Times a stage may go back; then it stops."""
+    """Times a stage may go back within ``rollback_window`` steps; then it stops. More may be given to a stage that stopped."""
+    rollback_window: Positive = 10_000
+    """Steps looked back on for that: what happened long ago says nothing of the model of now."""
 
     @model_validator(mode="after")
     def _can_be_filled(self):

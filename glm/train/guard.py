@@ -67,6 +67,11 @@ def must_roll_back(history: History, guard: Guard) -> bool:
     return len(history.skipped) >= guard.skip_limit
 
 
+def recent_rollbacks(rollbacks: list[dict], guard: Guard, step: int) -> int:
+    """How many of them began less than ``rollback_window`` steps before ``step``, or ahead of it, where the stage has been before."""
+    return sum(rollback["from_step"] > step - guard.rollback_window for rollback in rollbacks)
+
+
 def rollback_target(checkpoints: list[int], first_skipped: int) -> int:
     """The newest checkpoint before the first refused step; else the oldest there is; 0, the stage's beginning, without any."""
     before = [step for step in checkpoints if step < first_skipped]

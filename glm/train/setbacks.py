@@ -111,14 +111,16 @@ class Setbacks:
         )
 
     def _roll_back(self, step: int) -> None:
-        stage, limit = self.recipe.stage, self.recipe.guard.rollback_limit
+        stage, settings = self.recipe.stage, self.recipe.guard
+        recent = guard.recent_rollbacks(self.rollbacks, settings, step)
+        limit = f"at most {settings.rollback_limit} rollbacks within {settings.rollback_window} steps"
         skipped = self.history.skipped
-        many = f"{len(skipped)} steps of the last {self.recipe.guard.window} were skipped ({', '.join(map(str, skipped))})"
-        if len(self.rollbacks) >= limit:
+        many = f"{len(skipped)} steps of the last {settings.window} were skipped ({', '.join(map(str, skipped))})"
+        if recent >= settings.rollback_limit:
             raise NumericsError(
-                f"{stage}, step {step}", f"{many}, after {len(self.rollbacks)} rollbacks", f"at most {limit} rollbacks (guard.rollback_limit)",
-                f"look at the data named in {self.folder.skipped(stage)} and at the curves before it; lower schedule.peak_lr, or raise "
-                "guard.rollback_limit, in a run folder of its own",
+                f"{stage}, step {step}", f"{many}, after {recent} rollbacks", f"{limit} (guard.rollback_limit, guard.rollback_window)",
+                f"look at the data named in {self.folder.skipped(stage)} and at the curves before it; then raise guard.rollback_limit and "
+                "run again, or lower schedule.peak_lr in a run folder of its own",
             )
         self._finish_save()
         if self.is_first:
@@ -132,7 +134,7 @@ class Setbacks:
             where = f"the checkpoint of step {to}" if to else "the beginning of the stage"
             print(f"{stage}: {many}: goes back to {where} and leaves their data out", flush=True)
         dist.barrier()
-        raise StageStopped(ROLLBACK_CODE, f"rollback {len(self.rollbacks) + 1} of at most {limit}; the same command continues")
+        raise StageStopped(ROLLBACK_CODE, f"rollback {recent + 1}, {limit}; the same command continues")
 
     def _remove_given_up(self) -> None:
         """Checkpoints of a path that was given up: later than where a rollback went, and made before it.

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from glm.recipe.sections import Guard
-from glm.train.guard import History, after, leave_out, must_roll_back, refusal, rollback_target
+from glm.train.guard import History, after, leave_out, must_roll_back, recent_rollbacks, refusal, rollback_target
 
 HEALTHY = History(losses=tuple(4.0 + 0.1 * math.sin(n) for n in range(40)), grad_norms=tuple(1.0 + 0.2 * math.cos(n) for n in range(40)))
 
@@ -46,6 +46,12 @@ def test_a_refused_step_leaves_no_number_and_too_many_within_the_window_go_back(
         assert not must_roll_back(history, guard), "50 has left the window when 60 comes"
     assert history.losses == HEALTHY.losses and history.skipped == (55, 60)
     assert must_roll_back(after(history, guard, 61, math.inf, 1.0, refused=True), guard)
+
+
+def test_rollbacks_of_long_ago_do_not_count():
+    guard = Guard(rollback_window=100)
+    rollbacks = [{"from_step": 40, "to_step": 30}, {"from_step": 900, "to_step": 850}, {"from_step": 1000, "to_step": 950}]
+    assert [recent_rollbacks(rollbacks, guard, step) for step in (960, 1000, 1005, 1100)] == [2, 1, 1, 0]
 
 
 def test_a_history_comes_back_from_json_as_it_was():

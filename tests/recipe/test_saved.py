@@ -18,6 +18,11 @@ def prints(*overrides: str) -> dict[str, str]:
     return load_run(TINY, list(overrides)).fingerprints()
 
 
+def test_a_stage_that_went_back_too_often_may_be_given_more():
+    assert prints("pretrain_general.guard={rollback_limit: 9, rollback_window: 99}") == prints()
+    assert prints("pretrain_general.guard={skip_limit: 9}") != prints()
+
+
 def test_logging_folders_and_checkpoint_intervals_do_not_change_a_fingerprint():
     changed = prints("logging.every_steps=5", "run_folder=/elsewhere", "checkpoint.every_steps=3", "checkpoint.keep=9", "launcher.timeout_seconds=9")
     assert changed == prints()
