@@ -41,8 +41,11 @@ def check_runs(files: list[str], changes: list[str], *, as_json: bool) -> int:
         full = full or any(entry["fits"] is False for entry in memory.values())
         budgets = [budget for recipe in recipes.values() if isinstance(recipe, TrainRecipe) for budget in stage_budgets(recipe)]
         full = full or any(budget.is_over for budget in budgets)
-        data = [asdict(budget) | {"epochs": budget.epochs, "is_over": budget.is_over} for budget in budgets]
-        summary = summarize(run) | {"memory": memory, "data": data, "muon": {stage: muon_share(recipe, built[stage]) for stage, recipe in recipes.items()}}
+        data = [
+            asdict(budget) | {"epochs": budget.epochs, "corpus_epochs": budget.corpus_epochs, "is_over": budget.is_over} for budget in budgets
+        ]
+        summary = summarize(run) | {"memory": memory, "data": data, "corpora": totals(budgets)}
+        summary["muon"] = {stage: muon_share(recipe, built[stage]) for stage, recipe in recipes.items()}
         if as_json:
             print(json.dumps(summary))
         else:
@@ -219,14 +222,19 @@ def print_budgets(budgets: list[SourceBudget]) -> None:
     out = console()
     out.print(table)
     for corpus, epochs in totals(budgets).items():
-        out.print(f"{corpus} is read {epochs:.2f} times over all stages", highlight=False, soft_wrap=True)
+        out.print(f"{corpus}: read {epochs:.2f} times over all stages", highlight=False, soft_wrap=True)
+    over: dict[tuple[str, str], list[SourceBudget]] = {}
     for budget in budgets:
         if budget.is_over:
-            out.print(
-                f"{budget.stage} reads source {budget.source} {budget.epochs:.2f} times, at most {budget.at_most:g} are allowed: it has "
-                f"{short(budget.there)} tokens and would need {short(budget.least)}; lower its share or the stage's tokens, or give more documents",
-                highlight=False, soft_wrap=True,
-            )
+            over.setdefault((budget.stage, budget.reads), []).append(budget)
+    for budget, *others in over.values():
+        names = ", ".join(reader.source for reader in (budget, *others))
+        sources, it = ("sources", "their one corpus") if others else ("source", "it")
+        out.print(
+            f"{budget.stage} reads {sources} {names} {budget.corpus_epochs:.2f} times, at most {budget.corpus_at_most:g} are allowed: "
+            f"{it} has {short(budget.there)} tokens and would need {short(budget.least)}; "
+            "lower the share or the stage's tokens, or give more documents", highlight=False, soft_wrap=True,
+        )
 
 
 def _configs() -> Path:

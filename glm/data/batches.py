@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +95,28 @@ class Batches:
         return -(-self._recipe.tokens // self._recipe.sequence_length)
 
     def _check_epochs(self) -> None:
-        for name, rows in self._interleaving.counts(self.stage_rows).items():
-            limit, epochs = self._sources[name].epochs, self._training[name].epochs(rows)
-            if limit is not None and epochs > limit + EPOCH_SLACK:
+        for names in self._readers.values():
+            limits = [limit for name in names if (limit := self._sources[name].epochs) is not None]
+            epochs = self._epochs_of(names)
+            if limits and epochs > min(limits) + EPOCH_SLACK:
+                one = len(names) == 1
                 raise DataError(
-                    f"source {name} of mixture {self._recipe.data.mixture}",
-                    f"{epochs:.2f} epochs in {self._recipe.tokens} tokens", f"at most {limit:g}",
-                    "lower its share or the stage's tokens, or give more documents",
+                    f"source{'' if one else 's'} {', '.join(names)} of mixture {self._recipe.data.mixture}",
+                    f"{epochs:.2f} epochs{'' if one else ' of the one corpus they read'} in {self._recipe.tokens} tokens",
+                    f"at most {min(limits):g}", "lower the share or the stage's tokens, or give more documents",
                 )
+
+    @cached_property
+    def _readers(self) -> dict[str, list[str]]:
+        """The sources that read each corpus."""
+        readers: dict[str, list[str]] = {}
+        for name, corpus in self._corpora.items():
+            readers.setdefault(corpus.name, []).append(name)
+        return readers
+
+    def _epochs_of(self, names: list[str]) -> float:
+        rows = self._interleaving.counts(self.stage_rows)
+        return sum(self._training[name].epochs(rows[name]) for name in names)
 
     def rows(self, first: int, count: int) -> list[Row]:
         """Training rows first … first + count - 1 of the stage."""
@@ -130,13 +145,15 @@ class Batches:
         return taken
 
     def report(self) -> dict[str, dict[str, object]]:
-        """For each source: documents, tokens, rows the stage takes, epochs they come to, and how full packed rows are."""
+        """For each source: documents, tokens, rows the stage takes, epochs they come to, those of its corpus with all sources that read
+        it, and how full packed rows are."""
         lines: dict[str, dict[str, object]] = {}
         for name, rows in self._interleaving.counts(self.stage_rows).items():
             packer = self._training[name]
             lines[name] = {
                 "corpus": self._corpora[name].name, "documents": packer.blocks.num_documents, "tokens": packer.blocks.num_tokens,
                 "validation_documents": self._validation[name].blocks.num_documents, "rows": rows, "epochs": round(packer.epochs(rows), 3),
+                "corpus_epochs": round(self._epochs_of(self._readers[self._corpora[name].name]), 3),
             }
             if isinstance(packer, PackedRows):
                 lines[name]["filled"] = round(packer.filled(), 4)

@@ -158,6 +158,7 @@ def _report(recipe: TrainRecipe, folder: RunFolder, facts: dict[str, dict]) -> N
         line["control_strings"] = facts[name].get("control_strings", 0)
         print(
             f"{recipe.stage}: {name} {line['documents']:,} documents, {line['tokens']:,} tokens, {line['epochs']:.2f} epochs"
+            + (f" ({line['corpus_epochs']:.2f} with the others that read it)" if line["corpus_epochs"] > line["epochs"] else "")
             + "".join(f", {count} {reason} dropped" for reason, count in line["dropped"].items() if count)
             + (f", {line['control_strings']} control tokens spelled out, read as text" if line["control_strings"] else ""), flush=True,
         )

@@ -103,8 +103,17 @@ def write_corpus(folder: Path, name: str, documents: Iterable[Document], *, voca
             draft.unlink(missing_ok=True)
     write_json(folder / f"{name}.json", {
         **facts, **counted(), "dtype": kind.__name__, "documents": len(held_out), "held_out_documents": sum(held_out),
-        "tokens": offsets[-1], "masked": masked, "files": files,
+        "tokens": offsets[-1], "held_out_tokens": _held_out_tokens(offsets, held_out), "masked": masked, "files": files,
     })
+
+
+def _held_out_tokens(offsets: list[int], held_out: list[int]) -> int:
+    return int(np.diff(offsets) @ np.asarray(held_out, dtype=np.int64))
+
+
+def trained_tokens(facts: dict) -> int:
+    """Of a corpus, by its .json; those written before it was counted there hold out about this much."""
+    return facts["tokens"] - facts.get("held_out_tokens", facts["tokens"] // HELD_OUT_MODULUS)
 
 
 def _too_little(name: str, documents: int, tokens: int) -> DataError:
@@ -141,7 +150,10 @@ def write_shard_list(folder: Path, name: str, shards: list[str], facts: dict[str
     if filled and not any(facts["held_out_documents"] for facts in filled.values()):
         longest = max(filled, key=lambda shard: int(np.diff(_shard(folder, shard, filled[shard]).offsets).max()))
         described[longest] = _hold_out_a_tail_of(folder, longest, filled[longest])
-    totals = {key: sum(facts[key] for facts in described.values()) for key in ("documents", "held_out_documents", "tokens")}
+    counted = ["documents", "held_out_documents", "tokens"]
+    if all("held_out_tokens" in facts for facts in described.values()):
+        counted.append("held_out_tokens")
+    totals = {key: sum(facts[key] for facts in described.values()) for key in counted}
     if totals["tokens"] < 2 or totals["held_out_documents"] == totals["documents"]:
         raise _too_little(name, totals["documents"], totals["tokens"])
     kind = next(iter(filled.values()))
@@ -161,7 +173,7 @@ def fingerprint(folder: Path, facts: dict) -> str:
     """Of the corpus ``read_facts`` gave: changes with its documents. A list written before it was kept there asks its shards."""
     if "shards" not in facts:
         return _fingerprint([facts])
-    return facts.get("fingerprint") or _fingerprint(_description(folder, shard) for shard in facts["shards"])
+    return facts.get("fingerprint") or _fingerprint(describe(folder, shard) for shard in facts["shards"])
 
 
 def _hold_out_a_tail_of(folder: Path, name: str, facts: dict) -> dict:
@@ -177,7 +189,9 @@ def _hold_out_a_tail_of(folder: Path, name: str, facts: dict) -> dict:
         draft.replace(index)
     finally:
         draft.unlink(missing_ok=True)
-    facts = {**facts, "documents": len(held_out), "held_out_documents": sum(held_out), "files": files}
+    facts |= {
+        "documents": len(held_out), "held_out_documents": sum(held_out), "held_out_tokens": _held_out_tokens(offsets, held_out), "files": files,
+    }
     write_json(folder / f"{name}.json", facts)
     return facts
 
@@ -187,7 +201,7 @@ def torn(path: Path, name: str, found: str, expected: str) -> DataError:
     return DataError(str(path), found, expected, todo)
 
 
-def _description(folder: Path, name: str) -> dict | None:
+def describe(folder: Path, name: str) -> dict | None:
     """What NAME.json says, or None if there is none. Raises DataError if it is not readable."""
     path = folder / f"{name}.json"
     if not path.is_file():
@@ -203,7 +217,7 @@ def _description(folder: Path, name: str) -> dict | None:
 
 def read_facts(folder: Path, name: str) -> dict | None:
     """What NAME.json says, or None if there is none. Raises DataError if a file or shard it names is missing or torn."""
-    facts = _description(folder, name)
+    facts = describe(folder, name)
     if facts is not None:
         files_of(folder, name, facts)
     return facts
@@ -213,7 +227,7 @@ def files_of(folder: Path, name: str, facts: dict) -> dict[str, dict]:
     """Size and digest of every file of a corpus. Raises DataError if one is missing or of another size."""
     files: dict[str, dict] = {}
     for shard in facts.get("shards", []):
-        its = _description(folder, shard)
+        its = describe(folder, shard)
         if its is None:
             raise torn(folder / f"{name}.json", name, f"no shard {shard}", f"{len(facts['shards'])} shards beside it")
         files |= files_of(folder, shard, its)
@@ -382,7 +396,7 @@ def open_corpus(folder: Path, name: str) -> TokenizedCorpus:
 
     Raises DataError if it is missing or torn, a file of a list when it is read (digests are checked when a stage prepares its data).
     """
-    facts = _description(folder, name)
+    facts = describe(folder, name)
     if facts is None:
         raise DataError(str(folder / f"{name}.json"), "no such file", "a tokenized corpus", "run the stage from its beginning")
     if "shard_documents" in facts:
@@ -390,7 +404,7 @@ def open_corpus(folder: Path, name: str) -> TokenizedCorpus:
         described = {shard: {**facts, "documents": documents, "tokens": tokens} for shard, documents, tokens in counts}
     else:  # one shard, or a list written before it counted its shards
         read_facts(folder, name)
-        described = {shard: _description(folder, shard) for shard in facts.get("shards", [name])}
+        described = {shard: describe(folder, shard) for shard in facts.get("shards", [name])}
     opening = object()
     shards = tuple(_shard(folder, shard, its, opening) for shard, its in described.items() if its["documents"])
     return TokenizedCorpus(name, shards, facts["masked"], fingerprint(folder, facts))

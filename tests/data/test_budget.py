@@ -6,6 +6,7 @@ import pytest
 
 from glm.check import check_runs, print_budgets
 from glm.checkpoint.run_folder import RunFolder, write_json
+from glm.data.batches import Batches
 from glm.data.budget import stage_budgets, totals
 from glm.data.prepare import prepare
 from glm.errors import DataError
@@ -44,7 +45,29 @@ def test_what_a_stage_tokenized_itself_is_what_it_reads(tiny_stages, run_folder)
     prepare(recipe, run_folder)
     report = json.loads((run_folder.data / "report.json").read_text())[recipe.stage]["problems"]
     (budget,) = stage_budgets(recipe)
-    assert budget.there == pytest.approx(report["tokens"], rel=0.02) and budget.epochs == pytest.approx(report["epochs"], rel=0.02)
+    assert budget.there == report["tokens"] and budget.epochs == pytest.approx(report["epochs"], rel=0.02)
+
+
+def test_sources_of_one_corpus_are_counted_together(tiny_stages, run_folder, tmp_path, capsys):
+    """The user's own text is every built-in corpus: half of the stage from each of two sources is all of it from one corpus."""
+    (tmp_path / "book.txt").write_text(" ".join(f"word{i}" for i in range(20_000)))
+    recipe = tiny_stages["pretrain_general"]
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"documents": str(tmp_path / "book.txt")})})
+    sources = {"prose": Source(corpus="prose", share=0.5), "code": Source(corpus="code", share=0.5)}
+    recipe = with_sources(recipe, run_folder, **sources)
+    prepare(recipe, run_folder)
+    assert "with the others" in capsys.readouterr().out
+    report = json.loads((run_folder.data / "report.json").read_text())[recipe.stage]
+    whole = report["prose"]["corpus_epochs"]
+    assert whole == report["code"]["corpus_epochs"] == pytest.approx(2 * report["prose"]["epochs"], rel=0.02)
+    limited = with_sources(recipe, run_folder, **sources | {"code": Source(corpus="code", share=0.5, epochs=whole * 0.75)})
+    budgets = stage_budgets(limited)
+    assert all(budget.is_over and budget.epochs < budget.corpus_at_most for budget in budgets)
+    assert totals(budgets) == {"prose, code": pytest.approx(whole, rel=0.01)}
+    print_budgets(budgets)
+    assert capsys.readouterr().out.count("reads sources prose, code") == 1
+    with pytest.raises(DataError, match="sources prose, code(.|\n)*one corpus they read"):
+        Batches(limited, run_folder)
 
 
 def test_the_table_says_what_is_not_prepared_yet(tiny_stages, run_folder, capsys):
