@@ -2,10 +2,12 @@
 
 Bands are searched on disk, not in an index that grows in memory: the band hashes of all documents are sorted, those that are equal
 lie together, and pairs among them count if their signatures agree in the threshold. That is the decision of datasketch's
-`MinHashLSH` followed by `MinHash.jaccard`. A task sorts one band, or one part of the hash range of it where documents are many, so
-memory is bounded by ``DOCUMENTS_AT_ONCE``, about 40 bytes each; what stays in memory for all is a byte a document and 16 a pair.
+`MinHashLSH` followed by `MinHash.jaccard`. A task sorts one band, or one part of the hash range of it where documents are many: at
+most about ``DOCUMENTS_AT_ONCE``. What is in memory for all documents is a byte each, and when the pairs of all bands are joined
+those pairs, each once (docs/data.md has bytes, measured).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +26,23 @@ def parts_of(documents: int) -> int:
     return -(-documents // DOCUMENTS_AT_ONCE) or 1
 
 
-def _here(readings: Readings, hashes: np.ndarray, given: dict) -> np.ndarray:
-    """Numbers of the documents that are alive and whose hash is in this task's part."""
-    chosen = readings.alive(given["alive"])
-    if given["parts"] > 1:
-        chosen &= hashes % np.uint64(given["parts"]) == given["part"]
-    return np.flatnonzero(chosen)
+def _here(readings: Readings, given: dict, column: str, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(int64[n] numbers, uint64[rows, n] hashes) of the documents that are alive and whose first hash is in this task's part."""
+    alive, documents, hashes = readings.alive(given["alive"]), [np.zeros(0, np.int64)], [np.zeros((len(rows), 0), np.uint64)]
+    for task, (first, last) in enumerate(zip(readings.firsts[:-1], readings.firsts[1:])):
+        found, chosen = np.asarray(readings.array(task, column)[rows]), alive[first:last]
+        if given["parts"] > 1:
+            chosen = chosen & (found[0] % np.uint64(given["parts"]) == given["part"])
+        here = np.flatnonzero(chosen)
+        documents.append(here + first)
+        hashes.append(found[:, here])
+    return np.concatenate(documents), np.concatenate(hashes, axis=1)
 
 
 def exact_task(given: dict, folder: Path) -> dict:
     """pairs.npy int64[pairs, 2]: (first document, one equal to it)."""
     readings = Readings.of_input(given["readings"])
-    hashes = [readings.column("hashes", row) for row in range(2)]
-    documents = _here(readings, hashes[0], given)
-    low, high = hashes[0][documents], hashes[1][documents]
+    documents, (low, high) = _here(readings, given, "hashes", [0, 1])
     order = np.lexsort((documents, high, low))
     documents, low, high = documents[order], low[order], high[order]
     begins = np.ones(len(documents), bool)
@@ -51,35 +56,32 @@ def exact_task(given: dict, folder: Path) -> dict:
 def near_task(given: dict, folder: Path) -> dict:
     """pairs.npy int64[pairs, 2]: (earlier, later) documents alike, as far as this band proposes them."""
     readings, deduplicate = Readings.of_input(given["readings"]), Deduplicate.model_validate(given["deduplicate"])
-    hashes = readings.column("bands", given["band"])
-    documents = _here(readings, hashes, given)
-    hashes = hashes[documents]
+    documents, (hashes,) = _here(readings, given, "bands", [given["band"]])
     order = np.lexsort((documents, hashes))
-    candidates = candidate_pairs(documents[order], hashes[order])
-    pairs = [
-        some[similarity(readings, some) >= deduplicate.threshold]
-        for some in np.array_split(candidates, -(-len(candidates) // PAIRS_AT_ONCE) or 1)
-    ]
+    documents, hashes = documents[order], hashes[order]
+    pairs, proposed = [np.zeros((0, 2), np.int64)], 0
+    for candidates in candidate_pairs(documents, hashes):
+        proposed += len(candidates)
+        for some in np.array_split(candidates, -(-len(candidates) // PAIRS_AT_ONCE) or 1):
+            pairs.append(some[similarity(readings, some) >= deduplicate.threshold])
     pairs = np.concatenate(pairs)
     np.save(folder / "pairs.npy", pairs)
-    return {"candidates": len(candidates), "pairs": len(pairs)}
+    return {"candidates": proposed, "pairs": len(pairs)}
 
 
-def candidate_pairs(documents: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """int64[pairs, 2] of documents in one bucket. ``hashes`` sorted, ``documents`` rising where they are equal."""
+def candidate_pairs(documents: np.ndarray, hashes: np.ndarray) -> Iterator[np.ndarray]:
+    """int64[pairs, 2], several times, of documents in one bucket. ``hashes`` sorted, ``documents`` rising where they are equal."""
     begins = np.ones(len(hashes), bool)
     begins[1:] = hashes[1:] != hashes[:-1]
     first = np.maximum.accumulate(np.where(begins, np.arange(len(hashes)), 0)) if len(hashes) else np.zeros(0, np.int64)
-    place = np.arange(len(hashes))
-    found = []
+    behind = np.arange(len(hashes)) - first    # the first of its bucket
     for back in range(1, LOOK_BACK + 1):
-        later = np.flatnonzero(place - first >= back)
+        later = np.flatnonzero(behind >= back)
         if not len(later):
-            break
-        found.append(np.stack([documents[later - back], documents[later]], axis=1))
-    far = np.flatnonzero(place - first > LOOK_BACK)
-    found.append(np.stack([documents[first[far]], documents[far]], axis=1))
-    return np.concatenate(found)
+            return
+        yield np.stack([documents[later - back], documents[later]], axis=1)
+    far = np.flatnonzero(behind > LOOK_BACK)
+    yield np.stack([documents[first[far]], documents[far]], axis=1)
 
 
 def similarity(readings: Readings, pairs: np.ndarray) -> np.ndarray:
@@ -93,20 +95,29 @@ def keep_first(alive: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.nda
 
     Read in the order of the documents, as if each came to an index of those kept so far.
     """
-    alive = alive.copy()
-    dropped = []
-    for earlier, later in np.unique(pairs[:, ::-1], axis=0)[:, ::-1].tolist():
-        if alive[earlier] and alive[later]:
-            alive[later] = False
-            dropped.append((earlier, later))
-    return alive, np.array(dropped, np.int64).reshape(-1, 2)
+    alive, pairs = alive.copy(), distinct(pairs)
+    drops = np.zeros(len(pairs), bool)
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        for place, (earlier, later) in enumerate(pairs[start : start + PAIRS_AT_ONCE].tolist(), start=start):
+            if alive[earlier] and alive[later]:
+                alive[later], drops[place] = False, True
+    return alive, pairs[drops]
+
+
+def distinct(pairs: np.ndarray) -> np.ndarray:
+    """Each pair once, in the order of the later documents, then of the earlier."""
+    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+    new = np.ones(len(pairs), bool)
+    new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    return pairs[new]
 
 
 def resolve_task(given: dict, folder: Path) -> dict:
     """alive.npy and dropped.npy (kept, dropped) from the pairs of the tasks before."""
-    pairs = [np.load(path) for path in given["pairs"]]
-    alive, dropped = keep_first(Readings.of_input(given["readings"]).alive(given["alive"]), np.concatenate([np.zeros((0, 2), np.int64), *pairs]))
-    return _published(folder, alive, dropped)
+    pairs = np.zeros((0, 2), np.int64)
+    for path in given["pairs"]:    # one after the other: every band proposes the same pairs
+        pairs = distinct(np.concatenate([pairs, np.load(path)]))
+    return _published(folder, *keep_first(Readings.of_input(given["readings"]).alive(given["alive"]), pairs))
 
 
 def drop_task(given: dict, folder: Path) -> dict:

@@ -2,7 +2,7 @@
 
 A task leaves, for the documents it kept, in their order: documents.parquet (name, text), hashes.npy uint64[2, n], scores.npy
 float32[n], sizes.npy int64[n] bytes, and for near-duplicates signatures.npy uint32[n, permutations] and bands.npy uint64[bands, n].
-What later steps need to know of all documents is read from these, memory-mapped and a column at a time.
+What later steps need to know of all documents is read from these, memory-mapped and a task at a time.
 """
 
 import hashlib
@@ -169,11 +169,6 @@ class Readings:
 
     def array(self, task: int, column: str) -> np.ndarray:
         return np.load(self.folder / self.names[task] / f"{column}.npy", mmap_mode="r" if self.counts[task] else None)
-
-    def column(self, column: str, row: int | None = None) -> np.ndarray:
-        """Of all documents: scores, sizes; or one row of hashes or bands."""
-        parts = [self.array(task, column) if row is None else self.array(task, column)[row] for task in range(len(self.names))]
-        return np.concatenate([np.asarray(part) for part in parts])
 
     def alive(self, path: str | None) -> np.ndarray:
         """bool[documents] of an alive.npy; without one all are."""

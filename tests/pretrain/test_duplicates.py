@@ -1,6 +1,7 @@
 """Near-duplicates against exact Jaccard similarity, which knows nothing of MinHash, and against datasketch's own index."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm.recipe.raw import Deduplicate
-from pretrain.duplicates import candidate_pairs, keep_first
+from pretrain.duplicates import candidate_pairs, exact_task, keep_first, resolve_task
+from pretrain.reading import LIST, Readings, list_task
 from pretrain.semantic import drop_close
 from pretrain.signatures import band_hashes, bands_and_rows, exact_hash, shingles, signature, text_signature
 from pretrain.words import normalised_words
@@ -42,7 +44,7 @@ def test_what_is_dropped_is_what_exact_jaccard_calls_alike(texts):
     proposed = set()
     for hashes in band_hashes(signatures, bands, rows):
         order = np.lexsort((np.arange(len(hashes)), hashes))
-        proposed |= set(map(tuple, candidate_pairs(order, hashes[order]).tolist()))
+        proposed |= set(map(tuple, np.concatenate([*candidate_pairs(order, hashes[order])]).tolist()))
     decided = {pair for pair in proposed if (signatures[pair[0]] == signatures[pair[1]]).mean() >= RULES.threshold}
     wrong, alike = 0, 0
     for later in range(len(texts)):
@@ -68,7 +70,7 @@ def test_bands_propose_what_datasketch_s_index_finds(texts):
     ours = set()
     for hashes in band_hashes(signatures, bands, rows):
         order = np.lexsort((np.arange(len(hashes)), hashes))
-        ours |= set(map(tuple, candidate_pairs(order, hashes[order]).tolist()))
+        ours |= set(map(tuple, np.concatenate([*candidate_pairs(order, hashes[order])]).tolist()))
     assert ours == theirs and len(ours) > 100
 
 
@@ -93,6 +95,35 @@ def test_documents_without_words_are_alike_if_their_characters_are():
     art = "+---+--*--+\n|   |  *  |\n" * 9
     one, same, other = (text_signature(text, RULES)[1] for text in (art, art + "!", "(*) [=] {;} <~> /#/ " * 9))
     assert (one == same).mean() > RULES.threshold > 0.5 > (one == other).mean()
+
+
+def peak_bytes(work, given: dict, folder) -> int:
+    tracemalloc.start()
+    work(given, folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_part_finds_its_share_of_the_pairs_in_its_share_of_memory(tmp_path):
+    each, tasks = 20_000, 5
+    drawn = np.random.default_rng(0)
+    for task in range(tasks):
+        (tmp_path / str(task)).mkdir()
+        np.save(tmp_path / str(task) / "hashes.npy", np.tile(drawn.integers(0, 70_000, each, np.uint64), (2, 1)))
+    readings = Readings(tmp_path, tuple(map(str, range(tasks))), (each,) * tasks, ("web",) * tasks)
+    listed = {"readings": {"file": str(tmp_path / LIST), **list_task(readings.as_json(), tmp_path)}, "alive": None}
+    peaks, pairs = {}, {}
+    for parts in (1, 4):
+        found = []
+        for part in range(parts):
+            peaks[parts] = peak_bytes(exact_task, listed | {"part": part, "parts": parts}, tmp_path)
+            found += np.load(tmp_path / "pairs.npy").tolist()
+        pairs[parts] = sorted(found)
+    assert pairs[1] == pairs[4] and len(pairs[1]) > 10_000 and peaks[4] < 0.4 * peaks[1]
+    np.save(tmp_path / "pairs.npy", np.array(pairs[1]))
+    joined = {bands: peak_bytes(resolve_task, listed | {"pairs": [str(tmp_path / "pairs.npy")] * bands}, tmp_path) for bands in (2, 9)}
+    assert joined[9] < 1.1 * joined[2]
 
 
 @given(st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=60), st.lists(st.booleans(), min_size=30, max_size=30))
