@@ -25,7 +25,7 @@ from pathlib import Path
 from glm.checkpoint.run_folder import RunFolder, write_json
 from glm.data.prepared import all_whole, prepared_corpora
 from glm.data.tasks import FACTS, POLL_SECONDS, run_tasks, worker_pool
-from glm.data.tokenized import write_shard_list
+from glm.data.tokenized import read_facts, write_shard_list
 from glm.errors import DataError
 from glm.platform.ranks import Place, place
 from glm.recipe.raw import RawSource
@@ -267,18 +267,31 @@ def _shards_whole(data: Path, facts: dict) -> bool:
 
 
 def register(preparation: Preparation, facts: dict) -> None:
-    """Joins the shards into corpora, enters them in RUN/data/prepared.json, writes and prints the report."""
+    """Joins the shards into corpora, enters them in RUN/data/prepared.json, writes and prints the report.
+
+    A bucket of few documents, all of which fell to validation, is no corpus to train on: it is told and left out of the registry.
+    Raises DataError if that leaves no corpus at all.
+    """
     folder, made = preparation.folder, {}
+    nothing_to_train_on = []
     for source in preparation.sources:
         for bucket, _ in reversed(facts["quality"][source]["edges"]):
             parts = [
                 task["written"][bucket]
                 for task, owner in zip(facts["written"].values(), preparation.owners) if owner == source and bucket in task["written"]
             ]
-            if parts:
+            shards = [part["shard"] for part in parts]
+            if all(shard["held_out_documents"] == shard["documents"] for shard in (read_facts(folder.data, shard) for shard in shards)):
+                nothing_to_train_on += [f"{source}/{bucket}"] if parts else []
+            else:
                 name = preparation.corpus(source, bucket)
-                write_shard_list(folder.data, name, [part["shard"] for part in parts], {"tokenizer": preparation.tokenizer})
+                write_shard_list(folder.data, name, shards, {"tokenizer": preparation.tokenizer})
                 made[source, bucket] = {"corpus": name} | {key: sum(part[key] for part in parts) for key in ("documents", "tokens")}
+    if nothing_to_train_on:
+        where, found = ", ".join(nothing_to_train_on), "only documents that fell to validation, one in fifty does"
+        if not made:
+            raise DataError(where, found, "something to train on", "give more text")
+        print(f"{preparation.recipe.stage}: {where}: {found}; no mixture can name it", flush=True)
     entries = {f"{source}/{bucket}": entry for (source, bucket), entry in made.items()}
     for source, stand_in in preparation.stands_for.items():
         for bucket in preparation.recipe.sources[source].buckets:

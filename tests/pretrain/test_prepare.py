@@ -1,5 +1,6 @@
 """The prepare stage from made-up raw text to corpora: what is planted is found, and the bytes depend on nothing but the input."""
 
+import hashlib
 import json
 import os
 import signal
@@ -25,6 +26,8 @@ from glm.tokenizer.load import load_tokenizer, token_id
 from glm.tokenizer.special_tokens import CODE_MIDDLE, CODE_PREFIX, CODE_SUFFIX, CONTROL_TOKENS, END_OF_TEXT
 from pretrain import prepare, scorers
 from pretrain.prepare import give_up, main, shard_name
+from pretrain.signatures import exact_hash
+from pretrain.words import normalised_words
 from tests.pretrain.conftest import recipe_on, source, write_jsonl
 from tests.pretrain.planted import GERMAN, SPAM, essay, nearly, program, templated
 
@@ -282,3 +285,20 @@ def test_other_code_another_model_or_another_order_is_another_preparation(tmp_pa
     (tmp_path / "judge.py").write_text((tmp_path / "judge.py").read_text() + "# changed\n")
     found.append(digest())
     assert len(set(found)) == 4 and digest() == found[-1]
+
+
+def held_out(text: str) -> bool:
+    key = f"validation text {exact_hash(text, normalised_words(text)).tobytes().hex()}"
+    return int.from_bytes(hashlib.md5(key.encode()).digest(), "big") % 50 == 0
+
+
+def test_a_bucket_wholly_held_out_is_told_and_the_others_are_made(tmp_path, make_recipe, capsys):
+    few = [next(essay(number) for number in range(1000, 2000) if held_out(essay(number)))]
+    write_jsonl(tmp_path / "few.jsonl", few)
+    write_jsonl(tmp_path / "many.jsonl", [essay(number) for number in range(40)])
+    sources = {name: source(path=str(tmp_path / f"{name}.jsonl")) for name in ("many", "few")}
+    main(make_recipe(tmp_path / "run", sources))
+    assert set(prepared_corpora(RunFolder(tmp_path / "run"))) == {"many/all"}
+    assert "few/all: only documents that fell to validation" in capsys.readouterr().out
+    with pytest.raises(DataError, match="few/all(.|\n)*give more text"):
+        main(make_recipe(tmp_path / "alone", {"few": sources["few"]}))
