@@ -20,6 +20,9 @@ from glm.data.packing import Row
 from glm.errors import DataWorkerError, UserError
 from glm.recipe.schema import TrainRecipe
 
+STARTS_WITHIN_SECONDS = 240.0
+"""Added for a first answer: an interpreter starts, imports and opens the corpora, on a cold file system."""
+
 
 @dataclass
 class _Worker:
@@ -29,6 +32,7 @@ class _Worker:
     log: Path
     asked: deque[tuple[int, int]] = field(default_factory=deque)
     """(first row, count) of what it works on and what waits, in order."""
+    has_answered: bool = False
 
 
 class ReadAhead(Batches):
@@ -81,13 +85,13 @@ class ReadAhead(Batches):
             self._ready |= dict.fromkeys(numbers)
 
     def _wait_for(self, wanted: range) -> None:
-        latest = time.monotonic() + self._patience_seconds
         while any(self._ready[number] is None for number in wanted):
             owing = {worker.connection: worker for worker in self._workers if worker.asked}
-            answered = wait(list(owing), timeout=max(0.0, latest - time.monotonic()))
+            patience = self._patience_seconds + (0 if all(worker.has_answered for worker in owing.values()) else STARTS_WITHIN_SECONDS)
+            answered = wait(list(owing), timeout=patience)
             if not answered:
                 late = next(worker for worker in owing.values() if any(_overlap(range(a, a + n), wanted) for a, n in worker.asked))
-                raise self._failure(late, f"no answer for {self._patience_seconds:g} s", "raise data.worker_timeout_seconds if storage is that slow")
+                raise self._failure(late, f"no answer for {patience:g} s", "raise data.worker_timeout_seconds if storage is that slow")
             for connection in answered:
                 self._receive(owing[connection])
 
@@ -100,6 +104,7 @@ class ReadAhead(Batches):
             raise self._failure(worker, died, "if it was killed, look for a lack of memory (dmesg)") from error
         if isinstance(rows, UserError):
             raise rows
+        worker.has_answered = True
         first, count = worker.asked.popleft()
         for number, row in zip(range(first, first + count), rows, strict=True):
             if number in self._ready:  # else it is no longer wanted

@@ -313,7 +313,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes a rank has to read the rows of the next step while the model computes; 0: the rank reads them when they are due."""
     worker_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """How long a rank waits for such a process before it names it and stops."""
+    """How long a rank that waits for rows gets no answer from any such process before it names one and stops; at the start longer."""
 
     @model_validator(mode="after")
     def _sums_to_one(self):

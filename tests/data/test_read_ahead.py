@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from glm.data import read_ahead
 from glm.data.batches import Batches, manifest_path
 from glm.data.prepare import prepare
 from glm.data.read_ahead import ReadAhead
@@ -96,6 +97,24 @@ def test_a_worker_that_hangs_is_named_after_the_time_out(reader):
     with pytest.raises(DataWorkerError, match="data worker 0(.|\n)*no answer for 1 s(.|\n)*worker_timeout_seconds"):
         one.rows(100, 4), one.rows(104, 4)
     assert time.monotonic() - started < 30
+
+
+def test_workers_that_answer_one_after_another_are_not_late_together(reader, monkeypatch):
+    """Four answers, each well within the time-out, take longer than it in all; none of them is the first of its worker."""
+    one = reader(1, worker_timeout_seconds=30)
+    one.rows(0, 4)
+    one._patience_seconds = 0.4
+    answers = iter([{row: "row"} for row in range(100, 104)])
+
+    def slow(connections, timeout):
+        time.sleep(0.2)
+        assert timeout > 0.3  # what is left of the time-out does not shrink
+        return connections
+
+    monkeypatch.setattr(read_ahead, "wait", slow)
+    monkeypatch.setattr(one, "_receive", lambda worker: one._ready.update(next(answers)))
+    one._ask(100, 4)
+    one._wait_for(range(100, 104))
 
 
 def test_what_a_worker_cannot_read_is_told_as_the_rank_would_tell_it(recipe, run_folder, reader):
