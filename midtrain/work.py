@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm.data.tokenized import Document, write_corpus
+from glm.data.tokenized import Document, text_key, write_corpus
 from glm.errors import DataError
 from glm.recipe.midtrain import AgentCorpus, LongCorpus, ReasoningCorpus, RepositoryCorpus
 from glm.tokenizer.chat_template import Segment, encode_segments
@@ -31,7 +31,7 @@ from midtrain.repository import file_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "2"
+FORMAT = "3"
 """Raised when the same inputs give other documents."""
 RECORDS_AT_ONCE = 64
 SAMPLE_TOKENS = 300
@@ -159,7 +159,7 @@ def _usable(given: dict, corpus, counts: Counts) -> Iterator[tuple[str, list[Seg
                 segments, about = reasoning.segments_of(record, corpus)
             else:
                 segments, about = agent.segments_of(record)
-            yield where, segments, record.get(KEY) or f"about {hashlib.blake2b(about.encode(), digest_size=16).hexdigest()}"
+            yield where, segments, record.get(KEY) or text_key(about)
         except Unusable as reason:
             counts.dropped[str(reason)] += 1
 

@@ -42,7 +42,7 @@ from pretrain.scorers import import_plugins, judged_by, make_scorer
 from pretrain.signatures import bands_and_rows
 from pretrain.writing import write_task
 
-FORMAT = "2"
+FORMAT = "3"
 """Raised when the same inputs give other corpora."""
 
 

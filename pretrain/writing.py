@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm.data.tokenized import Document, read_facts, write_corpus
+from glm.data.tokenized import Document, read_facts, text_key, write_corpus
 from glm.recipe.raw import RawSource
 from glm.tokenizer.encode import count_control_strings, text_encoder
 from pretrain.buckets import bucket_of
@@ -69,7 +69,6 @@ def _encoded(given: dict, readings: Readings, source: RawSource, task: int, chos
     encoder, start = _encoder_of(Path(given["tokenizer"])), 0
     control = {token: np.array([number], np.uint32) for token, number in given["control_ids"].items()}
     end = np.array([encoder.end_of_text], np.uint32)
-    hashes = np.asarray(readings.array(task, "hashes"))
     for batch in readings.texts(task):
         parts, owners = [], []    # (control token or None, text) of all documents of the batch, and which document it is of
         for number, (name, text) in enumerate(batch, start=start):
@@ -84,6 +83,7 @@ def _encoded(given: dict, readings: Readings, source: RawSource, task: int, chos
             ids.setdefault(owner, []).extend([encoded] if token is None else [control[token], encoded])
         for number, document in ids.items():
             # held out by its text, rearranged or not, in every corpus; a problem by its key, as where it is a dialogue
-            key = batch[number - start][0] if source.corpus == "problems" else f"text {hashes[:, number].tobytes().hex()}"
+            name, text = batch[number - start]
+            key = name if source.corpus == "problems" else text_key(text)
             yield Document(np.concatenate([*document, end]), key=key)
         start += len(batch)

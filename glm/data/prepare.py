@@ -20,7 +20,7 @@ from glm.data.batches import Batches, manifest_path
 from glm.data.documents import TEXT_CORPORA, corpus_fingerprint, dialogues, documents
 from glm.data.encoding import encode_stream
 from glm.data.prepared import prepared_corpus
-from glm.data.tokenized import Document, fingerprint, read_facts, write_corpus
+from glm.data.tokenized import Document, fingerprint, read_facts, text_key, write_corpus
 from glm.data.verified import verify
 from glm.errors import DataError
 from glm.recipe.mixture import mixture_of
@@ -34,7 +34,7 @@ from glm.tokenizer.special_tokens import END_OF_TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "3"
+FORMAT = "4"
 """Raised when the same inputs give other tokens, or other ones held out."""
 DOCUMENTS_AT_ONCE = 256
 
@@ -125,12 +125,13 @@ def _encoded_texts(corpus: str, data: Data, seed: int, encoder: TextEncoder, cou
     texts = documents(corpus, data.documents, data.problems, seed)
     for encoded in encode_stream(texts if corpus == "problems" else _kept(texts, counts), encoder):
         counts["control_strings"] += encoded.control_strings
-        yield Document(encoded.ids, key=encoded.key if corpus == "problems" else None)
+        yield Document(encoded.ids, key=encoded.key)
 
 
 def _kept(texts: Iterable[tuple[str, str]], counts: Counter[str]) -> Iterator[tuple[str, str]]:
+    """(key, text)"""
     seen: set[bytes] = set()
-    for name, text in texts:
+    for _, text in texts:
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if not text.strip():
             counts["empty"] += 1
@@ -138,7 +139,7 @@ def _kept(texts: Iterable[tuple[str, str]], counts: Counter[str]) -> Iterator[tu
             counts["repeated"] += 1
         else:
             seen.add(digest)
-            yield name, text
+            yield text_key(text), text
 
 
 def _encoded_dialogues(data: Data, seed: int, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Document]:

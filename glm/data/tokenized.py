@@ -38,6 +38,11 @@ class Document:
     key: str | None = None
 
 
+def text_key(text: str) -> str:
+    """The key of a document that is this text or about it, in whatever corpus, tokenizer, arrangement or white space."""
+    return f"text {hashlib.blake2b(' '.join(text.split()).encode(), digest_size=16).hexdigest()}"
+
+
 def digest_of_file(path: Path) -> str:
     with path.open("rb") as data:
         return hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

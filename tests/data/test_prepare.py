@@ -11,7 +11,7 @@ from glm.data import verified
 from glm.data.batches import Batches, manifest_path
 from glm.data.documents import dialogues, documents
 from glm.data.prepare import corpus_name, prepare
-from glm.data.tokenized import Document, digest_of_file, open_corpus, write_corpus
+from glm.data.tokenized import Document, digest_of_file, open_corpus, text_key, write_corpus
 from glm.errors import DataError
 from glm.recipe.sections import Source
 from glm.tokenizer import load_tokenizer, token_id
@@ -120,6 +120,18 @@ def test_a_problem_held_out_of_one_corpus_is_trained_on_in_none(tiny_stages, run
         held_out |= {keys[source][i] for i in corpus.validation_documents}
     assert set(keys["problems"]) & set(keys["dialogues"])  # or there would be nothing to keep apart
     assert len(held_out) > 60 and not trained & held_out
+
+
+def test_a_text_has_one_key_in_every_corpus_and_stage(tmp_path, tiny_stages, run_folder, library):
+    recipe = stage(tiny_stages, "pretrain_general", documents=str(library))
+    prepare(recipe, run_folder)
+    name = json.loads(manifest_path(run_folder, recipe.stage).read_text())["sources"]["prose"]
+    held_out = set(open_corpus(run_folder.data, name).validation_documents.tolist())
+    texts = [path.read_text() for path in sorted(library.iterdir())]
+    # elsewhere with other tokens, after white space and among other documents
+    elsewhere = [Document([7, 8, 9, number], key=text_key(f"\n{text}\n")) for number, text in enumerate(texts)]
+    write_corpus(tmp_path, "elsewhere", elsewhere, vocab_size=800, facts={})
+    assert held_out and held_out == set(open_corpus(tmp_path, "elsewhere").validation_documents.tolist())
 
 
 def test_prepared_data_is_used_again_and_shared_by_stages(tiny_stages, run_folder, library):
