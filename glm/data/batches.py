@@ -68,6 +68,11 @@ class Batches:
         recipe, held_out = self._recipe, purpose == "validation"
         counts = self._counted(lambda: Blocks(corpus, held_out=held_out).counts, corpus, held_out)
         blocks = Blocks(corpus, held_out=held_out, counts=counts)
+        if not blocks.num_documents:
+            raise DataError(
+                f"source {name} of mixture {recipe.data.mixture}", f"no document for {purpose} among {corpus.num_documents} of {corpus.name}",
+                "some text to train on and some to validate with", "give more text: one document in fifty is held out",
+            )
         seed = (recipe.seed, recipe.stage, name, purpose)
         length = recipe.sequence_length
         if recipe.data.packing == "truncate":

@@ -249,6 +249,15 @@ def test_too_little_text_is_an_error(tiny_stages, run_folder, tmp_path):
         prepare(stage(tiny_stages, "pretrain_general", documents=str(tmp_path / "empty.txt")), run_folder)
 
 
+def test_documents_too_short_to_give_one_a_tail_leave_nothing_to_validate_with(tiny_stages, run_folder):
+    write_corpus(run_folder.data, "tiny", [Document([1], key=str(key)) for key in range(3)], vocab_size=800, facts={})
+    write_json(run_folder.prepared, {"web/high": {"corpus": "tiny", "documents": 3, "tokens": 3}})
+    for packing in ("truncate", "best_fit"):
+        recipe = stage(tiny_stages, "pretrain_general", packing=packing, sources={"web": Source(corpus="web/high", share=1)})
+        with pytest.raises(DataError, match="no document for validation among 3"):
+            prepare(recipe, run_folder)
+
+
 def test_reading_a_source_more_often_than_allowed_is_an_error(tiny_stages, run_folder, library):
     sources = {"library": Source(corpus="prose", share=1, epochs=2)}
     recipe = stage(tiny_stages, "pretrain_general", documents=str(library), sources=sources)
