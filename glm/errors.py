@@ -53,6 +53,12 @@ class CheckpointError(UserError):
     """A checkpoint or weight file that is missing, torn or does not fit."""
 
 
+class SaveError(UserError):
+    """A checkpoint's writer died, or the storage failed it. Nobody's mistake either."""
+
+    exit_code = 1
+
+
 class PlatformError(UserError):
     """A device, package, port or process that is not there."""
 
@@ -65,14 +71,15 @@ class EngineError(UserError):
     """An inference engine that does not answer, or answers wrongly."""
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a quota or a file that has no room."""
 _CLOSED = (errno.EROFS, errno.EACCES, errno.ENOTDIR)
 
 
 def explain_os_error(error: OSError) -> PlatformError | None:
     """A full disk, or a place that cannot be written to, as the user's error it is; None for any other failure of the system."""
     reason = error.strerror or str(error)
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return PlatformError(
             str(error.filename or "a file of the run folder"), reason, "room on the disk",
             "make room and run the same command again; what was finished is intact",

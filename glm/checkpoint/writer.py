@@ -23,7 +23,7 @@ from glm.checkpoint.manifest import MANIFEST, CheckpointInfo, digest_files, seal
 from glm.checkpoint.retention import MILESTONE, clear_drafts, remove, retire_old
 from glm.checkpoint.run_folder import sync, write_json
 from glm.checkpoint.state import params_type, sharded_state, stored_bytes
-from glm.errors import PlatformError
+from glm.errors import FULL, PlatformError, SaveError, UserError
 from glm.platform import active
 from glm.recipe.sections import Model
 from glm.runtime import Runtime
@@ -59,7 +59,8 @@ class _UnderWay:
 class CheckpointWriter:
     """Saves the checkpoints of one stage. Every method is called by all ranks at the same step.
 
-    Raises PlatformError when a save failed, at once or when its end is noticed; what was there before is untouched.
+    When a save failed, raises PlatformError if the disk is full and SaveError otherwise, at once or when its end is noticed; what was
+    there before is untouched.
     """
 
     def __init__(self, folder: Path, runtime: Runtime, keep: int):
@@ -160,15 +161,25 @@ class CheckpointWriter:
             )
         return int(needed.item())
 
-    def _failed(self, error: Exception) -> PlatformError:
+    def _failed(self, error: BaseException) -> UserError:
         save, self._under_way = self._under_way, None
-        reason = (str(error).strip().splitlines() or ["no reason given"])[-1][:300]
         if self.runtime.is_first:
             shutil.rmtree(save.draft, ignore_errors=True)
+        told = [self._explain(error, self.folder / step_folder(save.info.step))]
+        if isinstance(error, CheckpointException):  # raised on all ranks, but only the first was told what failed
+            dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def _explain(self, error: BaseException, checkpoint: Path) -> UserError:
+        """Only a disk without room is the user's to put right; after anything else starting the stage again is right."""
+        text = str(error).strip() or "no reason given"
+        full = any(f"[Errno {number}]" in text for number in FULL)
+        kind, todo = (PlatformError, "make room on the disk and run the same command again") if full else (
+            SaveError, "the same command continues; if this comes again, look at the memory of the machine (dmesg) and at its storage")
         free = shutil.disk_usage(self.folder).free
-        return PlatformError(
-            f"{self.folder / step_folder(save.info.step)}, saving", f"{type(error).__name__}: {reason} ({free / 1e6:.0f} MB free)",
-            "a checkpoint written whole", "make room on the disk and run the same command again; earlier checkpoints are intact",
+        return kind(
+            f"{checkpoint}, saving", f"{type(error).__name__}: {text.splitlines()[-1][:300]} ({free / 1e6:.0f} MB free)",
+            "a checkpoint written whole", f"{todo}; earlier checkpoints are intact",
         )
 
 
