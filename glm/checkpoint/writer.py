@@ -186,13 +186,13 @@ class CheckpointWriter:
 def _name(draft: Path, final: Path, manifest: dict, milestone: bool) -> None:
     """Rank 0: writes the manifest over the finished files and gives the folder its name."""
     known = gather_digests(draft)
-    if milestone:
-        (draft / MILESTONE).touch()
     files = digest_files(draft, known)
     for name, entry in files.items():
         if "items" not in entry:  # what rank 0 wrote beside the tensors; those were flushed by their writers
             sync(draft / name)
     write_json(draft / MANIFEST, seal(manifest | {"files": files}))
+    if milestone:    # not in the manifest: whoever takes the mark away lets the checkpoint go, it is still what was written
+        (draft / MILESTONE).touch()
     sync(draft)
     if final.exists():
         remove(final)

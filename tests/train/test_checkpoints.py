@@ -8,7 +8,8 @@ import signal
 import pytest
 
 from glm.checkpoint import manifest
-from glm.checkpoint.manifest import MANIFEST, checkpoint_steps, read_manifest, seal
+from glm.checkpoint.manifest import MANIFEST, checkpoint_steps, read_manifest, seal, verify
+from glm.checkpoint.retention import MILESTONE
 from glm.checkpoint.run_folder import RunFolder, write_json
 from tests.train.forked import STAGE, Ranks, checkpoints, completed, numbers, part_of, refused, start_of, state_digests
 
@@ -132,6 +133,9 @@ def test_milestones_stay_and_do_not_count(whole, text):
     completed(folder, text, "checkpoint.keep=1", "checkpoint.milestone_tokens=1024")
     kept = {step: read_manifest(checkpoints(folder) / f"step_{step:08d}")["info"]["run_tokens"] for step in checkpoint_steps(checkpoints(folder))}
     assert kept == {3: 1024, 5: 2048, 7: 3072, 8: 3584}    # 3, 5 and 7 are no multiples of every_steps
+    marked = checkpoints(folder) / "step_00000003"
+    (marked / MILESTONE).unlink()
+    assert verify(marked), "a mark is nothing that was written"
     assert state_digests(folder) == state_digests(whole)
 
 
