@@ -112,7 +112,7 @@ class Observer:
         if not self.detailed:
             return
         counted = [param for param in self.optimizer.params if self.optimizer.places[param].counted]
-        self._squares = self._table(counted, lambda params: squared_norm([param.main_grad for param in params], self.device))
+        self._squares = self._table(counted, lambda params: squared_norm([param.main_grad for param in params], self.device), self.device)
         owned = [param for param in self.optimizer.masters if self.optimizer.places[param].distinct]
         self._before = {param: self._sample(param).clone() for param in owned}
 
@@ -122,10 +122,11 @@ class Observer:
         unit = lr or math.inf    # at a rate of 0 nothing changes
 
         def changed(params) -> torch.Tensor:
-            changes = [(self._sample(param) - self._before[param]).div_(unit) for param in params]
-            return torch.cat([squared_norm(changes, self.device), self._load.new_tensor([sum(change.numel() for change in changes)])])
+            return squared_norm([(self._sample(param) - self._before[param]).div_(unit) for param in params], self.device)
 
-        self._changes = self._table(self._before, changed, columns=2)
+        host = torch.device("cpu")    # how many numbers there are is known there: one copy, not one of every layer and part
+        counts = self._table(self._before, lambda params: sum(self._sample(param).numel() for param in params), host)
+        self._changes = torch.cat([self._table(self._before, changed, self.device), counts.to(self.device, non_blocking=True)], dim=-1)
         self._before = {}
 
     def _sample(self, param: torch.nn.Parameter) -> torch.Tensor:
@@ -136,9 +137,9 @@ class Observer:
         flat = master.view(-1)
         return flat[:: max(1, flat.numel() // SAMPLE)]
 
-    def _table(self, params, function, columns: int = 1) -> torch.Tensor:
-        """float64 [layers + 1, parts, columns] of ``function`` over the parameters of each layer and part."""
-        table = torch.zeros(self.shape.num_layers + 2, len(PARTS), columns, dtype=torch.float64, device=self.device)
+    def _table(self, params, function, device: torch.device) -> torch.Tensor:
+        """float64 [layers + 2, parts, 1] of ``function`` over the parameters of each layer and part."""
+        table = torch.zeros(self.shape.num_layers + 2, len(PARTS), 1, dtype=torch.float64, device=device)
         for (layer, part), some in cells(((self.optimizer.names[param], param) for param in params), self.shape.num_layers).items():
             table[layer, part] = function(some)
         return table

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from glm import platform
 
@@ -154,6 +155,33 @@ def test_gradients_of_the_parts_add_up_to_the_norm_that_is_clipped():
     detail = outcome.observed.detail
     assert sum(norm**2 for norm in detail.grad_norms().values()) ** 0.5 == pytest.approx(outcome.grad_norm, rel=1e-9)
     assert all(norm > 0 for norm in detail.grad_norms_by_layer())
+
+
+class Transfers(TorchFunctionMode):
+    """Calls that, on CUDA, copy between host and device: what is made of Python's numbers, and what is moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        name = getattr(function, "__name__", "")
+        if name in ("tensor", "new_tensor", "to", "cpu", "item"):
+            self.seen.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+def test_the_change_of_all_parts_and_layers_is_told_by_one_copy():
+    one, seen = trainer(), Transfers()
+    measure = one.observer.after_update
+
+    def watched(lr: float) -> None:
+        with seen:
+            measure(lr)
+
+    one.observer.after_update = watched
+    one.step([batch([20, 12])], next_token_loss, lr=1e-2, mtp_weight=0.3, bias_update_rate=0.0, detailed=True)
+    assert seen.seen == ["to"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
