@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glm.checkpoint.run_folder import RunFolder, write_atomically
 from glm.metrics.console import Console
-from glm.metrics.read import as_number, read_lines
+from glm.metrics.read import as_number, lines_backwards, read_lines
 from glm.recipe import sections
 
 _ALWAYS_KEPT = ("eval/", "validation/")
@@ -30,11 +30,12 @@ class MetricLog:
             return
         self.path = RunFolder(Path(run_folder)).metrics
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._mark = json.dumps(stage).encode()
         self._written_any = False
         self._started = time.monotonic()
         self._cut_torn_end()
         self._file = self.path.open("ab")
-        self._seconds_before = self._last_seconds()
+        self._seconds_before = _seconds_of(next(filter(None, (self._own(line) for _, line in lines_backwards(self.path))), None))
         if logging.wandb != "off":
             from glm.metrics.sinks import WandbSink
 
@@ -60,17 +61,31 @@ class MetricLog:
     def rewind(self, step: int) -> list[dict]:
         """Drops this stage's lines with a later step than ``step``, for a stage that resumes there; -1 drops them all.
 
-        Returns what was dropped, oldest first."""
+        Returns what was dropped, oldest first. Reads and keeps in memory only what lies behind ``step``."""
         if not self.enabled:
             return []
         self._file.close()
-        records = read_lines(self.path).records
-        dropped = [record for record in records if record.get("stage") == self.stage and record.get("step", 0) > step]
-        kept = [record for record in records if record.get("stage") != self.stage or record.get("step", 0) <= step]
-        write_atomically(self.path, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in kept))
+        dropped, cut, others, mixed, last = [], None, False, False, None
+        for offset, line in lines_backwards(self.path):
+            record = self._own(line)
+            if record is None:
+                others = True
+            elif record.get("step", 0) > step:
+                dropped.append(record)
+                cut, mixed = offset, others
+            else:
+                last = record    # a stage's lines are in the order of its steps
+                break
+        if mixed:    # a stage made anew after others
+            write_atomically(self.path, "".join(
+                json.dumps(record, separators=(",", ":")) + "\n" for record in read_lines(self.path).records
+                if record.get("stage") != self.stage or record.get("step", 0) <= step
+            ))
+        elif cut is not None:
+            os.truncate(self.path, cut)
         self._file = self.path.open("ab")
-        self._seconds_before = self._last_seconds()
-        return dropped
+        self._seconds_before = _seconds_of(last)
+        return dropped[::-1]
 
     def close(self) -> None:
         """Ends the progress bar and the wandb run. Twice is once."""
@@ -93,22 +108,26 @@ class MetricLog:
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
-    def _last_seconds(self) -> float:
-        """``time_seconds`` of this stage's last line, so that a resumed stage counts on."""
-        seconds = (as_number(record.get("time_seconds")) for record in read_lines(self.path).records
-                   if record.get("stage") == self.stage)
-        return max((value for value in seconds if value is not None), default=0.0)
+    def _own(self, line: bytes) -> dict | None:
+        """The record of this stage in a line; None for another stage's, which are many and not parsed, and for a torn one."""
+        if self._mark not in line:
+            return None
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return None
+        return record if isinstance(record, dict) and record.get("stage") == self.stage else None
 
     def _cut_torn_end(self) -> None:
         """Cuts a last line without its newline: what is appended must not become part of it."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb+") as file:
-            data = file.read()
-            if data and not data.endswith(b"\n"):
-                file.truncate(data.rfind(b"\n") + 1)
-                file.flush()
-                os.fsync(file.fileno())
+        offset, line = next(lines_backwards(self.path), (0, b"")) if self.path.exists() else (0, b"")
+        if line and offset + len(line) == self.path.stat().st_size:
+            os.truncate(self.path, offset)
+
+
+def _seconds_of(record: dict | None) -> float:
+    """``time_seconds`` of a stage's last line, so that a resumed stage counts on."""
+    return as_number((record or {}).get("time_seconds")) or 0.0
 
 
 def _plain(value: object) -> object:

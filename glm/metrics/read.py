@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_BLOCK = 1 << 20
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -34,6 +37,24 @@ def read_lines(path: Path) -> Lines:
         else:  # "12" of a torn "123]" is still JSON
             torn += 1
     return Lines(records, torn)
+
+
+def lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes without the newline) of the lines of ``path`` that are not empty, the last first, a block in memory at a time."""
+    with path.open("rb") as file:
+        start, rest = file.seek(0, os.SEEK_END), b""
+        while start:
+            stop, start = start, max(0, start - _BLOCK)
+            file.seek(start)
+            first, *lines = (file.read(stop - start) + rest).split(b"\n")
+            end = stop + len(rest)
+            for line in reversed(lines):
+                if line:
+                    yield end - len(line), line
+                end -= len(line) + 1
+            rest = first
+        if rest:
+            yield 0, rest
 
 
 def as_number(value: object) -> float | None:

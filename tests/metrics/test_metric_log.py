@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from glm.metrics import read
 from glm.metrics.console import Console, describe, short_count
 from glm.metrics.log import MetricLog
 from glm.metrics.read import StageMetrics, read_lines, read_run
@@ -54,6 +56,36 @@ def test_rewind_drops_the_later_lines_of_its_own_stage_only(tmp_path):
     assert _steps(tmp_path, "pretrain") == [1, 2, 3, 4]
     assert _steps(tmp_path, "sft") == [1, 2, 3, 4, 5, 6]
     assert read_run(tmp_path).stages["pretrain"].last("train/loss") == 40.0
+
+
+@pytest.mark.parametrize("step, dropped", [(9, []), (7, [8, 9]), (3, [4, 5, 6, 7, 8, 9]), (-1, list(range(1, 10)))])
+def test_rewind_cuts_the_end_and_touches_nothing_before_it(tmp_path, monkeypatch, step, dropped):
+    """Lines longer and shorter than a block; what is behind the cut is all that is given back."""
+    monkeypatch.setattr(read, "_BLOCK", 100)
+    with MetricLog(tmp_path, "pretrain", total_steps=9) as log:
+        log.line(1, {"train/loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes().replace(b'":', b'":  ')    # written anew, the line would lose its spaces
+    path.write_bytes(before)
+    with MetricLog(tmp_path, "sft", total_steps=9) as log:
+        for number in range(1, 10):
+            log.line(number, {"train/loss": 1.0, "note": "x" * 37 * number})
+    lines = path.read_bytes().splitlines(keepends=True)
+    with MetricLog(tmp_path, "sft", total_steps=9) as log:
+        assert [record["step"] for record in log.rewind(step)] == dropped
+    assert path.read_bytes() == b"".join(lines[:len(lines) - len(dropped)]) and path.read_bytes().startswith(before)
+
+
+def test_a_start_holds_in_memory_only_what_it_drops(tmp_path):
+    line = json.dumps({"stage": "sft", "step": 1, "time_seconds": 5.0, "balance/load": [0.5] * 2000}).encode() + b"\n"
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line * 2000)    # 20 MB
+    tracemalloc.start()
+    with MetricLog(tmp_path, "sft", total_steps=9) as log:
+        assert log.rewind(1) == []
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8e6 and path.stat().st_size == 2000 * len(line)
 
 
 def test_time_counts_on_over_a_resume(tmp_path):
