@@ -93,9 +93,17 @@ def _given_up(failure: PlatformError, in_vain: int, stage: str) -> PlatformError
 
 def _hang_reports(folder: RunFolder, recipe: StageRecipe, started: float) -> list[str]:
     """The first lines of what the ranks of this start wrote when they had waited too long."""
-    reports = [folder.hang(recipe.stage, rank) for rank in range(recipe.world_size)]
-    fresh = [path for path in reports if path.exists() and path.stat().st_size and path.stat().st_mtime >= started]
-    return [path.read_text(encoding="utf-8", errors="replace").splitlines()[0] for path in fresh]
+    reports = [(rank, folder.hang(recipe.stage, rank)) for rank in range(recipe.world_size)]
+    fresh = [(rank, path) for rank, path in reports if path.exists() and path.stat().st_size and path.stat().st_mtime >= started]
+    return [_first_line(rank, path.read_text(encoding="utf-8", errors="replace").splitlines()) for rank, path in fresh]
+
+
+def _first_line(rank: int, report: list[str]) -> str:
+    """The watchdog's own; where faulthandler wrote instead of it, where the main thread stood, whose stack is the last."""
+    if not report[0].startswith("Timeout ("):
+        return report[0]
+    stacks = [number for number, line in enumerate(report) if line.endswith("(most recent call first):")]
+    return f"rank {rank}, holds the interpreter's lock and waits for no other rank: {' '.join(report[stacks[-1] + 1:][:1]).strip()}"
 
 
 def _idle_seconds(folder: RunFolder, started: float) -> float:

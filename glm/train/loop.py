@@ -11,6 +11,7 @@ from glm.data.prepare import prepare
 from glm.data.read_ahead import ReadAhead
 from glm.metrics import goodput
 from glm.metrics.log import MetricLog
+from glm.platform.ranks import place
 from glm.recipe.compose import dump_recipe
 from glm.recipe.mixture import mixture_of
 from glm.recipe.schema import TrainRecipe
@@ -29,11 +30,18 @@ from glm.train.watchdog import Watchdog
 
 def train(recipe: TrainRecipe) -> None:
     """Runs the stage from where its newest checkpoint stands to its end."""
+    folder, rank = RunFolder.of(recipe), place().rank
+    with Watchdog(recipe.launcher.timeout_seconds, rank, folder.hang(recipe.stage, rank)) as watchdog:
+        _train(recipe, folder, watchdog)
+
+
+def _train(recipe: TrainRecipe, folder: RunFolder, watchdog: Watchdog) -> None:
     runtime = runtimes.start(recipe)
-    folder = RunFolder.of(recipe)
+    watchdog.beat("the preparation of the data", limited=runtime.world_size > 1)    # alone it keeps nobody waiting
     if runtime.is_first:
         prepare(recipe, folder)
     dist.barrier()
+    watchdog.beat("the building of the model")
     batches = ReadAhead(recipe, folder, runtime.rank, stride=runtime.dp_size)
     trainer = Trainer(recipe)
     setbacks = Setbacks(recipe, folder, runtime)
@@ -41,9 +49,11 @@ def train(recipe: TrainRecipe) -> None:
         recipe, folder, runtime, trainer, held_out_loss=lambda rows: validate(trainer, recipe, batches, runtime, rows)["loss"],
         guard_history=lambda: setbacks.history.to_json(),
     )
+    watchdog.beat("the return to the newest checkpoint")
     resumed = checkpoints.restore()
     progress = resumed.progress
     setbacks.resume(progress, checkpoints.finish)
+    watchdog.beat("the start of the loop")
     total = count_steps(recipe)
     if recipe.data.packing == "best_fit":
         shown = check_documents_apart(trainer)
@@ -56,7 +66,6 @@ def train(recipe: TrainRecipe) -> None:
         MetricLog(
             folder.root, recipe.stage, total_steps=total, enabled=runtime.is_first, logging=recipe.logging, config=dump_recipe(recipe),
         ) as log,
-        Watchdog(recipe.launcher.timeout_seconds, runtime.rank, folder.hang(recipe.stage, runtime.rank)) as watchdog,
         StopRequest(recipe.stage, folder, runtime) as stop,
     ):
         dropped = log.rewind(progress.step if progress.step else -1)

@@ -1,11 +1,12 @@
 """A rank that waits too long, for another or in a step, says where every thread stands and ends. No rank waits for ever.
 
-Every rank has one, and all beat at the same step, so all find out at about the same time. What a thread waits in is read
-from its own frames when it is too late: nothing is wrapped or counted before. On CUDA the call returns at once and the device
-waits; there torch's flight recorder knows the collective (docs/operations.md).
+Every rank has one from the first moment, and all beat at the same step, so all find out at about the same time. What a thread
+waits in is read from its own frames when it is too late: nothing is wrapped or counted before. On CUDA the call returns at once
+and the device waits; there torch's flight recorder knows the collective (docs/operations.md).
 """
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ from glm.errors import HANG_CODE
 
 _TELL_SECONDS = 1.0
 """Between the report and the end: the others, which notice at the same time, get to tell theirs."""
+_HELD_SECONDS = 5.0
+"""How much later a thread that holds the interpreter's lock is found."""
 _TENSORS = ("tensor", "output_tensor", "input_tensor", "output", "input", "tensor_list", "object_list")
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
@@ -29,13 +32,14 @@ _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 class Watchdog:
     """Within ``with``: ends the process with HANG_CODE when ``seconds`` pass without a ``beat``, after writing to ``report`` and stderr.
 
-    A thread that never gives the interpreter's lock back is found by a timer of faulthandler's, half as late again.
+    A thread that never gives the interpreter's lock back is found by a timer of faulthandler's a little later: before the launcher,
+    who sees the others end, kills this process (glm/launch/local.py: LEAVE_SECONDS).
     """
 
     def __init__(self, seconds: float, rank: int, report: Path):
         self.seconds, self.rank, self.report = seconds, rank, report
         self._stopped, self._lock = threading.Event(), threading.Lock()
-        self._what = "the start of the loop"
+        self._what = "the meeting of the ranks"
 
     def __enter__(self) -> "Watchdog":
         self.report.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +49,12 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def beat(self, what: str) -> None:
-        """Something was finished; ``what`` comes next."""
-        self._what, self._last = what, time.monotonic()
-        faulthandler.dump_traceback_later(1.5 * self.seconds, exit=True, file=self._file)
+    def beat(self, what: str, limited: bool = True) -> None:
+        """Something was finished; ``what`` comes next, and may last as long as it likes unless ``limited``."""
+        self._what, self._last = what, time.monotonic() if limited else math.inf
+        faulthandler.cancel_dump_traceback_later()
+        if limited:
+            faulthandler.dump_traceback_later(self.seconds + _HELD_SECONDS, exit=True, file=self._file)
 
     def __exit__(self, kind, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._is_late():    # the collective's own time-out was quicker than we, or this rank was stopped and finds the others gone

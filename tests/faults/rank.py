@@ -3,13 +3,14 @@
     {"poisoned": {ROW: FACTOR}}          the gradient of that row of the data is multiplied, its loss too by "nan"
     {"kill": {"rank": 1, "step": 3}}     SIGKILL before that step; each fault of this kind happens once
     {"kill_worker": ...}                 SIGKILL to the processes that read its data
-    {"stop": ...}                        SIGSTOP    {"sleep": ...}  sleeps inside the step    {"spin": ...}  never gives the GIL back
+    {"stop": ...}                        SIGSTOP    {"sleep": ...}  sleeps inside the step    {"hold": ...}  never gives the GIL back
+    {"sleep_in_restore": {"rank": 1}}    sleeps where the newest checkpoint is looked for
 """
 
+import ctypes
 import dataclasses
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -32,12 +33,13 @@ def install(recipe: dict) -> None:
 
     from glm.data.read_ahead import ReadAhead
     from glm.train import loop
+    from glm.train.resume import StageCheckpoints
     from glm.train.step import Trainer
 
     folder = Path(recipe["run_folder"])
     faults = json.loads((folder / "fault.json").read_text())
     poisoned = {int(row): float(factor) for row, factor in faults.get("poisoned", {}).items()}
-    clean_rows, clean_step, clean_plan = ReadAhead.rows, Trainer.step, loop.plan_step
+    clean_rows, clean_step, clean_plan, clean_restore = ReadAhead.rows, Trainer.step, loop.plan_step, StageCheckpoints.restore
 
     def rows(self, first, count):
         served = clean_rows(self, first, count)
@@ -61,14 +63,23 @@ def install(recipe: dict) -> None:
         return clean_step(self, batches, poisonous, **settings)
 
     def plan_step(recipe, progress):
-        for kind in ("kill", "kill_worker", "stop", "sleep", "spin"):
-            fault, mark = faults.get(kind), folder / f"{kind}.happened"
-            if fault and progress.step + 1 == fault["step"] and os.environ.get("RANK", "0") == str(fault["rank"]) and not mark.exists():
-                mark.write_text(str(os.getpid()))
-                happen(kind)
+        for kind in ("kill", "kill_worker", "stop", "sleep", "hold"):
+            if kind in faults and progress.step + 1 == faults[kind]["step"]:
+                once(kind)
         return clean_plan(recipe, progress)
 
-    ReadAhead.rows, Trainer.step, loop.plan_step = rows, step, plan_step
+    def restore(self):
+        if "sleep_in_restore" in faults:
+            once("sleep_in_restore")
+        return clean_restore(self)
+
+    def once(kind):
+        mark = folder / f"{kind}.happened"
+        if os.environ.get("RANK", "0") == str(faults[kind]["rank"]) and not mark.exists():
+            mark.write_text(str(os.getpid()))
+            happen(kind)
+
+    ReadAhead.rows, Trainer.step, loop.plan_step, StageCheckpoints.restore = rows, step, plan_step, restore
 
 
 def happen(kind: str) -> None:
@@ -80,10 +91,17 @@ def happen(kind: str) -> None:
                 child.kill()
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif kind == "sleep":
+    elif kind.startswith("sleep"):
         time.sleep(600)
     else:
-        re.match(r"(a|aa)+$", "a" * 60 + "b")    # for years, and the interpreter's lock with it
+        hold()
+
+
+def hold() -> None:
+    """Waits in C for a lock nobody gives back, the interpreter's in hand: no signal, no other thread of Python gets a turn."""
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,24 @@ def test_a_killed_stage_is_started_again_with_the_reason_told_and_recorded(tmp_p
     assert entry["kind"] == "killed" and entry["restarted"] and "rank 0" in entry["reason"]
 
 
+def test_a_rank_that_held_the_interpreter_is_told_by_the_place_of_its_main_thread(tmp_path):
+    body = """
+report = root / "stages" / "tokenizer" / "hang_rank_0.txt"; report.parent.mkdir(parents=True, exist_ok=True)
+def hold():
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex); library.pthread_mutex_lock(mutex)
+if number < 2:
+    import ctypes, faulthandler, threading, time
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    faulthandler.dump_traceback_later(0.5, exit=True, file=report.open("w"))
+    hold()
+"""
+    stage = Supervised(tmp_path / "run", body)
+    stage()
+    assert stage.restarts[0]["kind"] == "hang" and stage.restarts[0]["restarted"]
+    assert "rank 0, holds the interpreter's lock and waits for no other rank: File" in stage.said[0] and "in hold" in stage.said[0]
+
+
 def test_restarts_in_vain_wait_longer_each_time_and_come_to_an_end(tmp_path):
     stage = Supervised(tmp_path / "run", "die()")
     with pytest.raises(PlatformError, match="started 3 times without getting further"):
