@@ -79,7 +79,7 @@ def run_ranks(command: list[str], world_size: int, folder: Path, *, stage: str, 
         return
     if stop.asked or REQUEUE_CODE in codes:
         if all(code in (0, REQUEUE_CODE, None, -signal.SIGTERM) for code in codes):
-            raise Requeued(stage, saved=all(code in (0, REQUEUE_CODE) for code in codes))
+            raise Requeued(stage, saved=REQUEUE_CODE in codes)    # no rank ends so before all have saved
     # Of several at once: the one a signal killed, then one that says why all end, then one that ended with a user's error
     # (2); the others lost their peer.
     failed = min((code > 0, code not in _TOGETHER, code != 2, number) for number, code in enumerate(codes) if code)

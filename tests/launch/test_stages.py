@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,20 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(runs):
     with lock(runs.folder.root), pytest.raises(PlatformError):
         with lock(runs.folder.root):
             pass
+
+
+def test_a_stop_while_a_dead_stage_waits_for_its_restart_is_not_told_as_saved(runs):
+    runs.program = "import os; os.kill(os.getpid(), 9)"
+    threading.Thread(target=stop_once_restarting, args=(runs, os.getpid()), daemon=True).start()
+    with pytest.raises(Requeued) as caught:
+        runs("tokenizer")
+    assert not caught.value.saved and len([line for line in runs.said if "starts again" in line]) == 1
+
+
+def stop_once_restarting(runs: Runs, pid: int) -> None:
+    while not any("starts again" in line for line in runs.said):
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
 
 
 def test_a_cluster_stage_is_started_by_srun_inside_an_allocation_only(tmp_path, monkeypatch, capfd):
