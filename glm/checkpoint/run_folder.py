@@ -84,6 +84,10 @@ class RunFolder:
         """Written when the stage saved and stopped because it was asked to; gone when it goes on."""
         return self.stage(stage) / "requeue.json"
 
+    def exit(self, stage: str) -> Path:
+        """Written by the first rank that ends with another code than 0: srun and torchrun do not pass it on."""
+        return self.stage(stage) / "exit.json"
+
     def hang(self, stage: str, rank: int) -> Path:
         """Where a rank stood when it had waited too long."""
         return self.stage(stage) / f"hang_rank_{rank}.txt"

@@ -1,5 +1,6 @@
 """The same stages on more than one machine: torchrun under srun. Imports no torch."""
 
+import json
 import os
 import shlex
 import signal
@@ -43,7 +44,8 @@ def on_cluster(recipe: StageRecipe) -> bool:
 def run_on_cluster(recipe: StageRecipe, recipe_file: Path, stop: StopSignals) -> None:
     """Runs a stage inside the Slurm allocation this process belongs to. Raises PlatformError outside one, RankFailed if it fails.
 
-    srun and torchrun keep neither signals nor exit codes: the stage is asked to stop by a file, and says by one that it did.
+    srun and torchrun keep neither signals nor exit codes: the stage is asked to stop by a file, and says by one that it did,
+    by another how its first rank ended.
     """
     require_allocation(recipe)
     folder = RunFolder.of(recipe)
@@ -66,10 +68,22 @@ def run_on_cluster(recipe: StageRecipe, recipe_file: Path, stop: StopSignals) ->
     if saved or stop.asked and code != 0:
         raise Requeued(recipe.stage, saved)
     if code:
-        raise RankFailed(
-            f"stage {recipe.stage}", f"srun ended with code {code}", "every rank to end with code 0",
-            "its last words are above; the same command continues from the newest checkpoint",
-        )
+        raise _failure(recipe, folder, code)
+
+
+def _failure(recipe: StageRecipe, folder: RunFolder, srun_code: int) -> RankFailed:
+    """By what the first rank to fail has left. None of them lived to: one was killed, and torchrun stopped the others."""
+    try:
+        left = json.loads(folder.exit(recipe.stage).read_text(encoding="utf-8"))
+        first, code = f"rank {left['rank']} exited first, with code {left['code']}", left["code"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        first, code = "no rank could say why", -signal.SIGKILL
+    failure = RankFailed(
+        f"stage {recipe.stage}", f"srun ended with code {srun_code}; {first}", "every rank to end with code 0",
+        "its last words are above; the same command continues from the newest checkpoint",
+    )
+    failure.code = code
+    return failure
 
 
 def require_allocation(recipe: StageRecipe) -> None:

@@ -75,6 +75,7 @@ def _run_stage(recipe: StageRecipe, folder: RunFolder, fingerprint: str, command
     def start(attempt: int) -> None:
         if stop.asked:
             raise Requeued(stage, saved=folder.requeue(stage).exists())
+        folder.exit(stage).unlink(missing_ok=True)
         if on_cluster(recipe):
             run_on_cluster(recipe, folder.recipe(stage), stop)
         else:

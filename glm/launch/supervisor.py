@@ -36,7 +36,7 @@ def supervise(start: Callable[[int], None], recipe: StageRecipe, folder: RunFold
             kind, failure = _judge(failed, recipe, folder, started)
             in_vain = 0 if reached > furthest or kind == "rollback" else in_vain + 1
             furthest = max(furthest, reached)
-            hopeless = kind == "mistake" or kind == "error" and reached == at_start
+            hopeless = kind == "mistake" or kind == "error" and reached <= _began_after(folder, stage, started, at_start)
             again = kind == "rollback" or not hopeless and 0 < limit >= in_vain
             if not hopeless and in_vain > limit > 0:
                 failure = _given_up(failure, in_vain, stage)
@@ -57,6 +57,12 @@ def progress(folder: RunFolder, stage: str) -> int:
     names = [path.name.removeprefix("step_") for path in folder.checkpoints(stage).glob("step_*")]
     newest = max([int(name) for name in names if name.isdecimal()], default=0)
     return max([newest, *(line.get("step", 0) for line in _last_lines(folder.metrics) if line.get("stage") == stage)])
+
+
+def _began_after(folder: RunFolder, stage: str, started: float, otherwise: int) -> int:
+    """The step this start went on from, once it has said so (glm/metrics/goodput.py): later ones in the log are an earlier start's."""
+    starts = [entry for entry in _last_lines(folder.restarts(stage)) if entry["kind"] == "start"]
+    return starts[-1]["step"] if starts and starts[-1]["unix_seconds"] >= round(started, 1) else otherwise
 
 
 def record(folder: RunFolder, stage: str, entry: dict) -> None:

@@ -163,8 +163,25 @@ def test_a_cluster_stage_is_started_by_srun_inside_an_allocation_only(tmp_path, 
     run_on_cluster(recipe, Path("r.json"), StopSignals())
     assert "--rdzv-endpoint=first:29500" in capfd.readouterr().out
     monkeypatch.setenv("CODE", "4")
-    with pytest.raises(PlatformError, match="srun ended with code 4"):
+    with pytest.raises(PlatformError, match="srun ended with code 4; no rank could say why") as caught:
         run_on_cluster(recipe, Path("r.json"), StopSignals())
+    assert caught.value.code < 0, "a rank that leaves no code was killed"
+
+
+def test_the_code_of_a_clusters_first_failed_rank_is_the_one_it_left_not_sruns(tmp_path, monkeypatch):
+    recipe = load_run(ROOT / "configs" / "glm45" / "air.yaml", [f"run_folder={tmp_path / 'run'}"]).stages["pretrain_general"]
+    saved = RunFolder(tmp_path / "run").recipe("pretrain_general")
+    saved.parent.mkdir(parents=True)
+    saved.write_text("{}")
+    rank = f"PYTHONPATH={ROOT} {sys.executable} -m glm.rank {saved}"
+    for name, text in (("srun", f"RANK=3 {rank}; RANK=0 {rank}; exit 1"), ("scontrol", "echo first")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    with pytest.raises(PlatformError, match="srun ended with code 1; rank 3 exited first, with code 2") as caught:
+        run_on_cluster(recipe, saved, StopSignals())
+    assert caught.value.code == 2
 
 
 def test_a_cluster_stage_is_asked_to_stop_by_a_file_and_tells_by_one_that_it_saved(tmp_path, monkeypatch):

@@ -14,11 +14,14 @@ from tests.runs import TINY
 
 STAGE = "tokenizer"
 WORK = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 root = pathlib.Path(sys.argv[1]); count = root / "count"
 number = int(count.read_text()) + 1 if count.exists() else 1
 count.write_text(str(number))
 def log(step): open(root / "metrics.jsonl", "a").write(json.dumps({"stage": "tokenizer", "step": step}) + "\\n")
+def begin(step):
+    entry = {"kind": "start", "step": step, "unix_seconds": round(time.time(), 1)}
+    open(root / "stages" / "tokenizer" / "restarts.jsonl", "a").write(json.dumps(entry) + "\\n")
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -102,6 +105,17 @@ def test_a_mistake_is_told_at_once_and_an_error_after_a_step_is_tried_again(tmp_
         assert starts > 1
     except PlatformError:
         assert starts == 1
+    assert stage.starts == starts
+
+
+@pytest.mark.parametrize(("went_on_from", "starts"), [(2, 3), (5, 2)])
+def test_steps_done_again_are_steps_even_when_they_end_where_an_earlier_start_did(tmp_path, went_on_from, starts):
+    stage = Supervised(tmp_path / "run", f"log(5); number == 1 and die(); begin({went_on_from}); number == 2 and sys.exit(1)")
+    try:
+        stage()
+        assert starts == 3
+    except PlatformError:
+        assert starts == 2, "no step after the one it went on from: a mistake of the program's"
     assert stage.starts == starts
 
 
