@@ -1,7 +1,8 @@
 """What a stage remembers of refused steps: their data, and how often it went back. The same on all ranks.
 
     RUN/stages/STAGE/skipped.jsonl     a refused step a line: why, and which rows of the stage it had
-    RUN/stages/STAGE/rollbacks.json    how often the stage went back, to which step, and the rows left out since
+    RUN/stages/STAGE/rollbacks.json    a rollback an entry: from where, to which step, the rows left out since, and the refused steps'
+                                       records, which leave skipped.jsonl with the path that was given up
 
 A rollback is a record and an exit: the next start of the stage finds the record, removes the checkpoints of the path that was
 given up, goes on from what is left, and leaves the recorded rows out. So a kill at any moment changes nothing.
@@ -119,7 +120,7 @@ class Setbacks:
         if recent >= settings.rollback_limit:
             raise NumericsError(
                 f"{stage}, step {step}", f"{many}, after {recent} rollbacks", f"{limit} (guard.rollback_limit, guard.rollback_window)",
-                f"look at the data named in {self.folder.skipped(stage)} and at the curves before it; then raise guard.rollback_limit and "
+                f"look at the data named in {self.folder.skipped(stage)} and in rollbacks.json beside it, and at the curves before; then raise guard.rollback_limit and "
                 "run again, or lower schedule.peak_lr in a run folder of its own",
             )
         self._finish_save()
@@ -127,8 +128,8 @@ class Setbacks:
             to = guard.rollback_target(store.checkpoint_steps(self.folder.checkpoints(stage)), skipped[0])
             bad = [record for record in self._read_skipped() if record["step"] in skipped and record["step"] > to]
             entry = {
-                "from_step": step, "to_step": to, "steps": [record["step"] for record in bad],
-                "rows": [rows for record in bad for rows in record["rows"]], "reasons": [record["reason"] for record in bad],
+                "from_step": step, "to_step": to, "rows": [rows for record in bad for rows in record["rows"]],
+                "reasons": [record["reason"] for record in bad], "skipped": bad,
             }
             write_json(self.folder.rollbacks(stage), [*self.rollbacks, entry])
             where = f"the checkpoint of step {to}" if to else "the beginning of the stage"
