@@ -92,7 +92,7 @@ class Steps:
         )
         if kind != "bare":
             self.number += 1
-            self.log.line(self.number, self.told(plan, Progress().after(plan), outcome, 1.0, self.trainer.phases.take()))
+            self.log.line(self.number, self.told(plan, Progress().after(plan), outcome, 1.0, self.trainer.phases.so_far()))
         return time.process_time() - started
 
 

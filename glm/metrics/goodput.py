@@ -47,8 +47,8 @@ class Goodput:
 def goodput(lines: list[dict], restarts: list[dict]) -> Goodput:
     """``lines``: metrics of one stage, oldest first; ``restarts``: its restarts.jsonl.
 
-    A line stands for the steps since the line before; it tells its own step's seconds. The data of a step is part of its
-    seconds, a checkpoint and a validation come after them and are told by the line that follows.
+    A line stands for the steps since the line before. It tells its own step's seconds, taken for those of each, and the seconds
+    that phases took since that line. The data of a step is part of its seconds, a checkpoint and a validation come after them.
     """
     seconds: Counter[str] = Counter({"training": 0.0})
     before = logged = 0.0
@@ -60,7 +60,7 @@ def goodput(lines: list[dict], restarts: list[dict]) -> Goodput:
         steps, before = max(0.0, step - before), step
         seconds["training"] += steps * took
         for phase, name in _PHASES.items():
-            seconds[name] += steps * (as_number(line.get(f"phase/{phase}_seconds")) or 0.0)
+            seconds[name] += as_number(line.get(f"phase/{phase}_seconds")) or 0.0
     seconds["training"] -= seconds["data"]
     seconds["other"] = max(0.0, logged - sum(seconds.values()))
     for entry in restarts:

@@ -42,13 +42,15 @@ class MetricLog:
             self._wandb = WandbSink(Path(run_folder), stage, logging, config)
         self._console = Console(stage, total_steps)
 
-    def line(self, step: int, metrics: dict) -> None:
-        """Writes one event of ``step``. Values: numbers, strings, and lists of them; tensors and arrays are turned into those."""
+    def line(self, step: int, metrics: dict) -> bool:
+        """Writes one event of ``step``. Values: numbers, strings, and lists of them; tensors and arrays are turned into those.
+
+        Whether it was written: lines of steps are thinned."""
         if not self.enabled:
-            return
+            return False
         metrics = {name: _plain(value) for name, value in metrics.items()}
         record = {"stage": self.stage, "step": int(step), "time_seconds": round(self._seconds(), 3), **metrics}
-        if self._is_due(step, metrics):
+        if due := self._is_due(step, metrics):
             # One write call of a whole line: a kill leaves at most one torn line, the last.
             self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
@@ -57,6 +59,7 @@ class MetricLog:
                 self._wandb.line(step, metrics)
             self._console.line(step, metrics)
         self._console.advance(step, metrics)
+        return due
 
     def rewind(self, step: int) -> list[dict]:
         """Drops this stage's lines with a later step than ``step``, for a stage that resumes there; -1 drops them all.

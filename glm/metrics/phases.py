@@ -19,7 +19,9 @@ class Phases:
         finally:
             self._seconds[name] += time.perf_counter() - started
 
-    def take(self) -> dict[str, float]:
-        """{phase: seconds} since the last call. What ends later, such as writing the line of this step, counts in the next."""
-        taken, self._seconds = dict(self._seconds), defaultdict(float)
-        return taken
+    def so_far(self) -> dict[str, float]:
+        """{phase: seconds} since the last ``clear``. What ends later, such as writing the line that tells this, counts after it."""
+        return dict(self._seconds)
+
+    def clear(self) -> None:
+        self._seconds.clear()

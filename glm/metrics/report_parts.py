@@ -1,5 +1,7 @@
 """The part of the report that tells the loss apart by source and by position, and the time of a step by phase."""
 
+from typing import Iterator
+
 from glm.metrics import page
 from glm.metrics.console import short_count
 from glm.metrics.figures import PALETTE, Curve, curves, smoothed, stacked
@@ -13,7 +15,7 @@ def part_figures(stages: list[Stage]) -> list[str]:
         (_by_part(stages, "source/loss/", str, "loss"), "Loss of every source of the mixtures."),
         (_by_part(stages, "validation/source/", str, "validation loss", kind="dots"), "Loss of held-out rows, by source."),
         (_by_part(stages, "position/loss/", _position, "loss"), "Loss by how far into its document a token stands: the end of a band."),
-        (_phases(stages), "Seconds of a step by phase. Writing the line and saving count in the step after."),
+        (_phases(stages), "Seconds of a step by phase, mean since the line before. Writing the line and saving count in the step after."),
     ]
     shown = [page.figure(svg, caption, index == 0) for index, (svg, caption) in enumerate(drawn) if svg]
     return [page.figures(shown)] if shown else [page.sentence("No loss by source or position was logged.")]
@@ -40,9 +42,17 @@ def _phases(stages: list[Stage]) -> str:
     """Areas over all stages, one after the other; a phase that a line does not have took no time."""
     x, seconds = [], {phase: [] for phase in _PHASES}
     for stage in stages:
-        for line in stage.metrics.having("phase/forward_backward_seconds"):
+        for line, means in phase_means(stage.metrics.having("phase/forward_backward_seconds")):
             x.append(line.get("train/run_tokens", line["step"]) + stage.offset)
             for phase in _PHASES:
-                seconds[phase].append(line.get(f"phase/{phase}_seconds", 0.0))
+                seconds[phase].append(means[phase])
     areas = [(phase.replace("_", "-"), seconds[phase], PALETTE[index]) for index, phase in enumerate(_PHASES) if any(seconds[phase])]
     return stacked(x, areas, y_label="seconds", x_label="run tokens") if len(x) > 1 else ""
+
+
+def phase_means(lines: list[dict]) -> Iterator[tuple[dict, dict[str, float]]]:
+    """Each line with the seconds of a step by phase, mean over the steps since the line before."""
+    before = 0
+    for line in lines:
+        steps, before = max(1, line["step"] - before), line["step"]
+        yield line, {phase: line.get(f"phase/{phase}_seconds", 0.0) / steps for phase in _PHASES}

@@ -87,10 +87,11 @@ def _train(recipe: TrainRecipe, folder: RunFolder, watchdog: Watchdog) -> None:
             )
             seconds = time.perf_counter() - started
             with phases("logging"):
-                metrics = step_metrics(plan, progress, outcome, seconds, phases.take()) | setbacks.after(plan, outcome, batches)
+                metrics = step_metrics(plan, progress, outcome, seconds, phases.so_far()) | setbacks.after(plan, outcome, batches)
                 if runtime.is_first:
                     metrics |= setbacks.consumed(batches, progress)
-                log.line(progress.step, metrics)
+                if log.line(progress.step, metrics):
+                    phases.clear()
             replay.compare(progress.step, metrics)
             if recipe.validation.every_steps and progress.step % recipe.validation.every_steps == 0 and progress.step < total:
                 with phases("validation"):

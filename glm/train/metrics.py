@@ -21,7 +21,7 @@ class StepMetrics:
     def __call__(
         self, plan: StepPlan, progress: Progress, outcome: StepOutcome, seconds: float, phases: dict[str, float] | None = None,
     ) -> dict:
-        """``seconds``: of the step with its data; ``phases``: of each phase since the line before."""
+        """``seconds``: of the step with its data; ``phases``: of each phase since the last line that was written."""
         told = {
             "train/loss": outcome.metrics["loss"],
             "train/mtp_loss": outcome.mtp_loss,
