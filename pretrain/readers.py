@@ -6,22 +6,16 @@ dataset, one shard of a streamed one, or a corpus of the Python installation. Wh
 be read is (name, DataError).
 """
 
-import gzip
 import itertools
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from glm.data.documents import UNDECODABLE, column_texts, corpus_fingerprint, documents, record_text, unreadable, user_files
+from glm.data.records import COMPRESSED, compressed_lines, lines_between, open_parquet
 from glm.errors import DataError
 from glm.recipe.raw import RawSource
 
-if TYPE_CHECKING:
-    import pyarrow
-
-COMPRESSED = (".jsonl.gz", ".jsonl.zst")
 Record = tuple[str, "str | DataError"]
 
 
@@ -91,7 +85,7 @@ def _piece_of_files(root: Path, together: list[tuple[Path, str]]) -> Piece:
 
 
 def _pieces_of_parquet(root: Path, file: Path, identity: str, task_bytes: int) -> Iterator[Piece]:
-    with _open_parquet(file) as table:
+    with open_parquet(file) as table:
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
     first, size = 0, 0
     for group, more in enumerate(sizes):
@@ -156,16 +150,8 @@ def _attempt(where: Callable[[], str], raw: bytes, field: str) -> str | DataErro
 
 def _lines(file: Path, name: str, first: int, last: int, field: str) -> Iterator[Record]:
     """Lines that begin in bytes [first, last) of the file; a line is named by its first byte."""
-    try:
-        with file.open("rb") as lines:
-            if first:
-                lines.seek(first - 1)
-                lines.readline()    # the end of a line that began before
-            while (start := lines.tell()) < last and (raw := lines.readline()):
-                if raw.strip():
-                    yield f"{name}:{start}", _attempt(lambda: f"{file}, line {_lines_before(file, start) + 1}", raw, field)
-    except OSError as error:
-        raise unreadable(file, error) from error
+    for start, raw in lines_between(file, first, last):
+        yield f"{name}:{start}", _attempt(lambda: f"{file}, line {_lines_before(file, start) + 1}", raw, field)
 
 
 def _lines_before(file: Path, end: int) -> int:
@@ -175,46 +161,14 @@ def _lines_before(file: Path, end: int) -> int:
 
 
 def _compressed_lines(file: Path, name: str, field: str) -> Iterator[Record]:
-    import pyarrow
-
-    try:
-        if file.name.endswith(".gz"):
-            opened = gzip.open(file, "rb")
-        else:
-            opened = pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
-        with opened as stream:
-            for number, raw in enumerate(_split_lines(stream), start=1):
-                if raw.strip():
-                    yield f"{name}:line {number}", _attempt(lambda: f"{file}, line {number}", raw, field)
-    except (OSError, EOFError, zlib.error) as error:
-        found, todo = f"not readable to its end: {error}", "write the file again or remove it"
-        raise DataError(str(file), found, "compressed lines of JSON", todo) from error
-
-
-def _split_lines(stream) -> Iterator[bytes]:
-    rest = b""
-    while chunk := stream.read(1 << 20):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
-
-
-def _open_parquet(file: Path) -> "pyarrow.parquet.ParquetFile":
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        expected = "a parquet file"
-        raise DataError(str(file), f"not readable as parquet: {error}", expected, "write the file again or remove it") from error
+    for number, raw in compressed_lines(file):
+        yield f"{name}:line {number}", _attempt(lambda: f"{file}, line {number}", raw, field)
 
 
 def _parquet(file: Path, name: str, piece: Piece, field: str) -> Iterator[Record]:
     import pyarrow
 
-    with _open_parquet(file) as table:
+    with open_parquet(file) as table:
         if field not in table.schema_arrow.names:
             found, todo = f"columns {', '.join(table.schema_arrow.names)}", "name the column with `text_field`"
             raise DataError(str(file), found, f'a column "{field}" of strings', todo)
