@@ -26,8 +26,6 @@ from glm.tokenizer.load import load_tokenizer, token_id
 from glm.tokenizer.special_tokens import CODE_MIDDLE, CODE_PREFIX, CODE_SUFFIX, CONTROL_TOKENS, END_OF_TEXT
 from pretrain import prepare, scorers
 from pretrain.prepare import give_up, main, shard_name
-from pretrain.signatures import exact_hash
-from pretrain.words import normalised_words
 from tests.pretrain.conftest import recipe_on, source, write_jsonl
 from tests.pretrain.planted import GERMAN, SPAM, essay, nearly, program, templated
 
