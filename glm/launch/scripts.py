@@ -4,7 +4,9 @@ A job runs one stage by `glm run`, which starts the ranks, starts them again whe
 REQUEUE_CODE when it was asked to stop and everything is saved. The script around it passes signals on and decides what that means:
 
     SIGUSR1 (Slurm, some time before the end of the job)   save, and queue the job again
-    SIGTERM (scancel, preemption)                          save, and end: who cancels wants no new start, who preempts queues again
+    SIGTERM (scancel --batch --signal=TERM)                save, and end: who cancels wants no new start
+
+A plain scancel and a preemption also kill the ranks after Slurm's KillWait or GraceTime; then the newest checkpoint counts.
 """
 
 import shlex
