@@ -108,7 +108,8 @@ class Batches:
                 raise DataError(
                     f"source{'' if one else 's'} {', '.join(names)} of mixture {self._recipe.data.mixture}",
                     f"{epochs:.2f} epochs{'' if one else ' of the one corpus they read'} in {self._recipe.tokens} tokens",
-                    f"at most {min(limits):g}", "lower the share or the stage's tokens, give more documents, or raise data.sources.NAME.epochs",
+                    f"at most {min(limits):g}",
+                    "lower the share or the stage's tokens, give more documents, or raise data.sources.NAME.epochs",
                 )
 
     @cached_property
